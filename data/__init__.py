@@ -1,0 +1,1 @@
+"""Data sets: one schema, readers, converters. Installed as `vlm.data`."""

@@ -1,0 +1,1 @@
+"""Converters from the layouts that people actually download."""

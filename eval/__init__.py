@@ -1,0 +1,1 @@
+"""Evaluation: tasks, metrics, controls, intervals. Installed as `vlm.eval`."""

@@ -1,0 +1,1 @@
+"""Training: the loop, exact resume, recipes. Installed as `vlm.train`."""

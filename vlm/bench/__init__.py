@@ -1,0 +1,1 @@
+"""Measured comparisons; may import everything, nothing imports it."""

@@ -1,0 +1,82 @@
+"""Options that every command which loads a model shares: --offline --device --dtype --threads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vlm.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+TRUE_WORDS = {"1", "ON", "YES", "TRUE"}  # what huggingface_hub takes as true
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser without abbreviations: `--off` is an error today rather than another option tomorrow."""
+    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+
+
+def offline_from_environment() -> bool:
+    """True where HF_HUB_OFFLINE asks for it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in TRUE_WORDS
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the shared options; `apply_common` gives them effect."""
+    group = parser.add_argument_group("common options")
+    group.add_argument(
+        "--offline",
+        action="store_true",
+        default=offline_from_environment(),
+        help="never touch the network (also: HF_HUB_OFFLINE=1)",
+    )
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto: the best there is (default)"
+    )
+    group.add_argument("--dtype", default="float32", choices=DTYPES, help="number format (default: float32)")
+    group.add_argument(
+        "--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one per core)"
+    )
+
+
+def apply_common(args: argparse.Namespace) -> None:
+    """Give the shared options effect: imports torch, sets its threads, turns `auto` into a device.
+
+    Afterwards `args.device` is a string that `torch.device` takes and that is present on this machine.
+
+    Raises:
+        ConfigError: a device that torch does not know or that this machine does not have.
+    """
+    if args.offline:
+        # Read once, when huggingface_hub is first imported; so before torch's friends are.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = _device(args.device)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # `meta` makes a tensor but holds no number
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0].split(" device type at")[0][:120]
+        raise ConfigError(f"--device {name} does not work here ({reason}); try --device cpu.") from error
+    return name
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
