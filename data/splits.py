@@ -21,7 +21,9 @@ def canonical_split(split: str) -> str:
     """
     name = _ALIASES.get(split.lower(), split.lower())
     if name not in SPLITS:
-        raise DataError(f"unknown split {split!r}; use one of {', '.join(SPLITS)} (val and validation mean dev)")
+        raise DataError(
+            f"unknown split {split!r}; use one of {', '.join(SPLITS)} (val and validation mean dev)"
+        )
     return name
 
 

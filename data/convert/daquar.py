@@ -46,7 +46,9 @@ def clean_question(line: str) -> tuple[str, str]:
     if not numbers:
         raise ValueError("no picture is named")
     text = line.strip()
-    if re.search(r"\b(?:side|corner|front|most side|part|middle|center|centre) of (?:the |this )?image\s*\d+", text):
+    if re.search(
+        r"\b(?:side|corner|front|most side|part|middle|center|centre) of (?:the |this )?image\s*\d+", text
+    ):
         text = _ANY_IMAGE.sub("image", text)
     else:
         text = _IMAGE.sub(" ", text)
@@ -89,7 +91,9 @@ def read_pairs(path: Path) -> list[tuple[str, str, list[str]]]:
     """
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(lines) % 2:
-        raise DataError(f"{path}: {len(lines)} lines; a question line and an answer line in turn are expected")
+        raise DataError(
+            f"{path}: {len(lines)} lines; a question line and an answer line in turn are expected"
+        )
     pairs = []
     for index in range(0, len(lines), 2):
         try:
@@ -119,7 +123,9 @@ def read(root: Path, split: str) -> list[Example]:
     names = {name for name, _, _ in pairs}
     missing = sorted(names - pictures.keys())
     if missing:
-        raise DataError(f"{len(missing)} pictures of {part} are missing below {root}, the first is {missing[0]}")
+        raise DataError(
+            f"{len(missing)} pictures of {part} are missing below {root}, the first is {missing[0]}"
+        )
     keep = names
     if split in ("dev", "train-rest"):
         held = held_out_images(names)

@@ -31,7 +31,9 @@ def package_root() -> Path:
     """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("easy-VQA is not here: run `pip install easy-vqa==1.0`, or name the folder that holds it")
+        raise DataError(
+            "easy-VQA is not here: run `pip install easy-vqa==1.0`, or name the folder that holds it"
+        )
     return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 
@@ -74,12 +76,18 @@ def read(root: Path | None, split: str) -> list[Example]:
     pictures = picture_files(root / part / "images")
     examples = []
     for index, row in enumerate(rows):
-        if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[1], str)):
-            raise DataError(f"{path}, entry {index}: expected [question, answer, picture number], got {row!r}")
+        if not (
+            isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[1], str)
+        ):
+            raise DataError(
+                f"{path}, entry {index}: expected [question, answer, picture number], got {row!r}"
+            )
         question, answer, image = row[0], row[1], str(row[2])
         if image not in pictures:
             raise DataError(f"{path}, entry {index}: picture {image} is not in {root / part / 'images'}")
-        if split in ("dev", "train-rest") and is_held_out(image, DEV_FRACTION, "easy-vqa") != (split == "dev"):
+        if split in ("dev", "train-rest") and is_held_out(image, DEV_FRACTION, "easy-vqa") != (
+            split == "dev"
+        ):
             continue
         meta = {"task": "vqa", "question_type": question_type(question, answer), "image": image}
         examples.append(make_example(pictures[image], question, [answer], f"easy-vqa/{part}/{index}", meta))

@@ -3,7 +3,7 @@
 Both layouts that people download are read as they are:
 
     captions.txt            Images/             (CSV with a header: image,caption)
-    Flickr8k.token.txt      Flicker8k_Dataset/  (name.jpg#0<tab>caption; the folder's spelling is the set's own)
+    Flickr8k.token.txt      Flicker8k_Dataset/  (name.jpg#0<tab>caption)
 
 with the official lists Flickr_8k.{train,dev,test}Images.txt beside them. A split needs only its own list
 and its own pictures.
@@ -22,7 +22,13 @@ from vlm.data.splits import canonical_split
 from vlm.errors import DataError
 
 CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.csv")
-IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset", "images")
+IMAGE_FOLDERS = (
+    "Images",
+    "Flicker8k_Dataset",
+    "Flickr8k_Dataset",
+    "Flickr8k_Dataset/Flicker8k_Dataset",
+    "images",
+)
 
 
 def looks_like(root: Path) -> bool:
@@ -82,7 +88,9 @@ def read(root: Path, split: str) -> list[Example]:
     there = {path.name for path in folder.iterdir()}
     missing = [name for name in names if name not in there]
     if missing:
-        raise DataError(f"{len(missing)} photographs of {split} are not in {folder}, the first is {missing[0]}")
+        raise DataError(
+            f"{len(missing)} photographs of {split} are not in {folder}, the first is {missing[0]}"
+        )
     return [
         make_example(folder / name, CAPTION_PROMPT, captions[name], f"flickr8k/{name}", {"task": "caption"})
         for name in names
