@@ -266,47 +266,53 @@ def test_a_name_that_changes_its_answer_is_resolved_once() -> None:
 )  # fmt: skip
 def test_redirects_go_through_the_same_door(location: str) -> None:
     async def main() -> None:
-        async with Listener(ok(b"secret")).open(tls=False) as inner:
-            async with Listener(redirect(location.format(p=inner.port))).open() as outer:
-                error = await refusal(loopback_door(outer.port), f"https://{HOST}:{outer.port}/")
-                assert error.code == "image_url_not_allowed"
-                assert (outer.connections, inner.connections) == (1, 0)
+        async with (
+            Listener(ok(b"secret")).open(tls=False) as inner,
+            Listener(redirect(location.format(p=inner.port))).open() as outer,
+        ):
+            error = await refusal(loopback_door(outer.port), f"https://{HOST}:{outer.port}/")
+            assert error.code == "image_url_not_allowed"
+            assert (outer.connections, inner.connections) == (1, 0)
 
     asyncio.run(main())
 
 
 def test_an_allowed_redirect_to_a_private_address_is_not_followed() -> None:
     async def main() -> None:
-        async with Listener(ok(b"secret")).open(tls=False) as inner:
-            async with Listener(redirect(f"https://other.example:{inner.port}/")).open() as outer:
+        async with (
+            Listener(ok(b"secret")).open(tls=False) as inner,
+            Listener(redirect(f"https://other.example:{inner.port}/")).open() as outer,
+        ):
 
-                async def resolver(host: str, port: int) -> list[str]:
-                    return ["127.0.0.1"] if host == HOST else ["10.0.0.1", "127.0.0.1"]
+            async def resolver(host: str, port: int) -> list[str]:
+                return ["127.0.0.1"] if host == HOST else ["10.0.0.1", "127.0.0.1"]
 
-                door = FetchDoor(
-                    [f"{HOST}:{outer.port}", f"other.example:{inner.port}"], max_bytes=100, tls=CLIENT_TLS,
-                    resolver=resolver, permitted=lambda address: address != "10.0.0.1",
-                )  # fmt: skip
-                error = await refusal(door, f"https://{HOST}:{outer.port}/")
-                assert error.code == "image_url_not_allowed"
-                assert (outer.connections, inner.connections) == (1, 0)
+            door = FetchDoor(
+                [f"{HOST}:{outer.port}", f"other.example:{inner.port}"], max_bytes=100, tls=CLIENT_TLS,
+                resolver=resolver, permitted=lambda address: address != "10.0.0.1",
+            )  # fmt: skip
+            error = await refusal(door, f"https://{HOST}:{outer.port}/")
+            assert error.code == "image_url_not_allowed"
+            assert (outer.connections, inner.connections) == (1, 0)
 
     asyncio.run(main())
 
 
 def test_a_redirect_within_the_host_is_followed_and_a_circle_ends() -> None:
     async def main() -> None:
-        async with Listener(ok(b"picture")).open() as inner:
-            async with Listener(redirect(f"https://other.example:{inner.port}/x")).open() as outer:
-                hosts = [f"{HOST}:{outer.port}", f"other.example:{inner.port}"]
-                door = FetchDoor(
-                    hosts,
-                    max_bytes=99,
-                    resolver=answers("127.0.0.1"),
-                    permitted=lambda a: True,
-                    tls=CLIENT_TLS,
-                )
-                assert await door.fetch(f"https://{HOST}:{outer.port}/") == b"picture"
+        async with (
+            Listener(ok(b"picture")).open() as inner,
+            Listener(redirect(f"https://other.example:{inner.port}/x")).open() as outer,
+        ):
+            hosts = [f"{HOST}:{outer.port}", f"other.example:{inner.port}"]
+            door = FetchDoor(
+                hosts,
+                max_bytes=99,
+                resolver=answers("127.0.0.1"),
+                permitted=lambda a: True,
+                tls=CLIENT_TLS,
+            )
+            assert await door.fetch(f"https://{HOST}:{outer.port}/") == b"picture"
         async with Listener(redirect("/again")).open() as circle:
             assert (await refusal(loopback_door(circle.port), f"https://{HOST}:{circle.port}/")).code == (
                 "invalid_image"

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from vlm.errors import ConfigError  # noqa: E402
-from vlm.serve.keys import Keys, add_key  # noqa: E402
+from vlm.errors import ConfigError
+from vlm.serve.keys import Keys, add_key
 
 
 def test_added_keys_open_and_the_file_never_holds_them(tmp_path: Path) -> None:
@@ -23,8 +23,10 @@ def test_added_keys_open_and_the_file_never_holds_them(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("value", ["", "Bearer", "Bearer ", "{key}", "Basic {key}", "Bearer {key}x", "Bearer {hash}",
-                                   "Bearer \udcff"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    ["", "Bearer", "Bearer ", "{key}", "Basic {key}", "Bearer {key}x", "Bearer {hash}", "Bearer \udcff"],
+)
 def test_anything_else_stays_shut(tmp_path: Path, value: str) -> None:
     path = tmp_path / "keys"
     key = add_key(path, "alice")

@@ -1,0 +1,131 @@
+"""Request bodies: capped in size, time and total before a parser sees them.
+
+The body is read here, once, into `scope["vlm.body"]`; the handlers take it from there and release it as soon
+as they have made of it what they need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vlm.serve.errors import APIError, error_bytes, overloaded
+from vlm.serve.settings import Settings
+
+Scope = dict[str, Any]
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
+_LINGER_SECONDS = 2.0
+
+
+class Body:
+    """One request's bytes, counted against what all requests may hold together."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.data = bytearray()
+        self._ledger = ledger
+        self._counted = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Append a chunk.
+
+        Raises:
+            APIError: 429 when all bodies together exceed their bound.
+        """
+        self._ledger.take(len(chunk))
+        self._counted += len(chunk)
+        self.data += chunk
+
+    def release(self) -> None:
+        """Forget the bytes; may be called again."""
+        self._ledger.held -= self._counted
+        self._counted = 0
+        self.data = bytearray()
+
+
+class Ledger:
+    """Bytes of all bodies being held."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes in.
+
+        Raises:
+            APIError: 429 over the bound.
+        """
+        if self.held + size > self.bound:
+            raise overloaded(0, 1)
+        self.held += size
+
+
+class BodyLimit:
+    """ASGI middleware that reads the body within its bounds, or refuses with 408, 413 or 429."""
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self.ledger = Ledger(settings.max_bodies)
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] in _BODILESS:
+            await self._app(scope, receive, send)
+            return
+        body = Body(self.ledger)
+        try:
+            complete = await self._read(scope, receive, body)
+        except APIError as error:
+            body.release()
+            await _refuse(error, receive, send)
+            return
+        except BaseException:
+            body.release()
+            raise
+        if not complete:  # the client went away
+            body.release()
+            return
+        scope["vlm.body"] = body
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            body.release()
+
+    async def _read(self, scope: Scope, receive: Any, body: Body) -> bool:
+        cap = self._settings.max_body
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"0")
+        too_large = APIError(413, f"The request is larger than {cap // (1 << 20)} MiB.")
+        if not declared.isdigit() or int(declared) > cap:
+            raise too_large
+        try:
+            async with asyncio.timeout(self._settings.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    chunk = message.get("body", b"")
+                    if len(body.data) + len(chunk) > cap:
+                        raise too_large
+                    body.add(chunk)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise APIError(408, "The request's body did not arrive in time.") from None
+        return True
+
+
+async def _refuse(error: APIError, receive: Any, send: Any) -> None:
+    """Answer at once, then read on for a moment: a client that is still sending when its connection closes
+    loses the answer."""
+    body, headers = error_bytes(error)
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while (await receive()).get("more_body", False):
+                continue
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
