@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vlm.images import Picture
 
     ImageSource = str | Path | bytes | Image | Picture
+else:
+    ImageSource = object  # spelled out for type checkers only: Pillow need not be imported to speak of images
 
 Role = Literal["user", "assistant"]
 

@@ -1,0 +1,139 @@
+"""From examples to training rows: everything said of one picture goes into one row.
+
+What an epoch shows (which captions, which questions, mirrored or not) is a function of the seed, the
+epoch and the picture alone, so neither the number of workers nor the order of work changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlm.conversation import ImageSource
+from vlm.data.example import Example
+from vlm.errors import DataError
+
+if TYPE_CHECKING:
+    from vlm.processor import Processor, Row
+
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples that are drawn from together.
+
+    Attributes:
+        per_image: how many (example, answer) pairs a row takes from this source at most.
+        weight: weight of this source's tokens in the loss.
+    """
+
+    examples: Sequence[Example]
+    per_image: int = 5
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example with one of its answers."""
+
+    example: Example
+    answer: str
+    weight: float
+
+
+@dataclass
+class Group:
+    """Everything that is said of one picture (or one sequence of pictures), by source."""
+
+    id: str
+    images: tuple[ImageSource, ...]
+    by_source: list[list[Pair]]
+    per_image: tuple[int, ...]
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the mirrored pictures fit the words too: none of them says left or right."""
+        texts = (f"{p.example.turns[-1].text} {p.answer}" for pairs in self.by_source for p in pairs)
+        return not any(_SIDES.search(text) for text in texts)
+
+    def draw(self, seed: int, epoch: int) -> list[Pair]:
+        """This epoch's pairs, in a fixed order."""
+        chance = seeded(seed, epoch, self.id)
+        drawn: list[Pair] = []
+        for pairs, most in zip(self.by_source, self.per_image, strict=True):
+            drawn += pairs if len(pairs) <= most else chance.sample(pairs, most)
+        return drawn
+
+
+def seeded(*parts: object) -> random.Random:
+    """A random generator that depends on its arguments only, the same on every machine."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
+
+
+def group_by_image(sources: Sequence[Source]) -> list[Group]:
+    """One group for each picture (each sequence of pictures), sorted by name.
+
+    Raises:
+        DataError: an example with no answer to learn.
+    """
+    groups: dict[str, Group] = {}
+    for number, source in enumerate(sources):
+        for example in source.examples:
+            if not any(answer.strip() for answer in example.answers):
+                raise DataError(f"example {example.id!r} has no answer to learn")
+            name = "|".join(str(image) for image in example.images)
+            if name not in groups:
+                limits = tuple(s.per_image for s in sources)
+                groups[name] = Group(name, example.images, [[] for _ in sources], limits)
+            pairs = [Pair(example, answer, source.weight) for answer in example.answers if answer.strip()]
+            groups[name].by_source[number].extend(pairs)
+    return [groups[name] for name in sorted(groups)]
+
+
+def epoch_batches(groups: Sequence[Group], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of an epoch's batches: shuffled, rows of like length together; the last one may be short."""
+    chance = seeded(seed, epoch, "order")
+    order = list(range(len(groups)))
+    chance.shuffle(order)
+    batches = []
+    window = size * 16
+    for begin in range(0, len(order), window):
+        part = sorted(order[begin : begin + window], key=lambda i: _length(groups[i], seed, epoch))
+        cut = [part[i : i + size] for i in range(0, len(part), size)]
+        chance.shuffle(cut)
+        batches += cut
+    return batches
+
+
+def _length(group: Group, seed: int, epoch: int) -> int:
+    return sum(len(p.answer) + len(p.example.turns[-1].text) for p in group.draw(seed, epoch))
+
+
+def batches_from(
+    groups: Sequence[Group], size: int, seed: int, start: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """(epoch, batch) without end, from the `start`-th batch on."""
+    epoch, skipped = 0, 0
+    while True:
+        batches = epoch_batches(groups, size, seed, epoch) if start < skipped + len(groups) else []
+        count = len(batches) or -(-len(groups) // size)
+        for batch in batches[max(0, start - skipped) :]:
+            yield epoch, batch
+        skipped += count
+        epoch += 1
+
+
+def rows_of(group: Group, processor: Processor, seed: int, epoch: int) -> list[Row]:
+    """A group's rows in one epoch: one, unless the adapter reads the question with the picture."""
+    drawn = group.draw(seed, epoch)
+    tokens = [processor.tokens(pair.example, pair.answer) for pair in drawn]
+    weights = [pair.weight for pair in drawn]
+    if processor.question_aware:
+        return [processor.row([t], [w]) for t, w in zip(tokens, weights, strict=True)]
+    return [processor.row(tokens, weights)]

@@ -1,0 +1,217 @@
+"""An adapter on disk: `adapter.safetensors`, `config.json`, `README.md`; and a whole model from it.
+
+Only the adapter is saved. The frozen parts are named by id and by the SHA-256 of their tensors, so that
+an adapter never runs, unnoticed, on weights that it was not trained with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm import __version__
+from vlm.adapters import build_adapter
+from vlm.config import ModelConfig, from_dict, to_dict
+from vlm.errors import ConfigError, WeightsError
+from vlm.language import LanguageModel
+from vlm.model import VLM
+from vlm.vision import load_encoder
+from vlm.weights import resolve
+
+FORMAT = 1
+ASSETS = Path(__file__).parent / "assets"
+
+
+def adapter_folder(adapter: str | Path, *, offline: bool = False) -> Path:
+    """The folder of a shipped adapter (`default`), a local one, or one on the Hugging Face hub (`ORG/NAME`).
+
+    Raises:
+        WeightsError: it is not there; the message names what is.
+    """
+    shipped = ASSETS / str(adapter)
+    for folder in (shipped, Path(adapter).expanduser()):
+        if (folder / "config.json").is_file() and (folder / "adapter.safetensors").is_file():
+            return folder
+    known = sorted(folder.parent.name for folder in ASSETS.glob("*/config.json"))
+    if str(adapter).count("/") == 1 and not Path(adapter).exists():
+        from vlm.weights_hub import fetch_adapter
+
+        return fetch_adapter(str(adapter), offline=offline)
+    raise WeightsError(
+        f"{adapter} is no adapter: give a folder with adapter.safetensors and config.json, "
+        f"or one that ships ({', '.join(known) or 'none yet'})"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's `config.json`.
+
+    Raises:
+        WeightsError: it cannot be read, or comes from a later format.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise WeightsError(f"{path} is not of format {FORMAT}: install the version of vlm-adapters that made it")
+    return values
+
+
+def save_adapter(
+    model: VLM, folder: Path, *, card: str = "", tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the adapter atomically: a reader finds the old folder's files or the new ones, whole.
+
+    Args:
+        card: text of README.md.
+        tensors: instead of the adapter's own tensors (an average of them, say).
+
+    Raises:
+        WeightsError: the disk is full or the folder cannot be written; what was there stays.
+    """
+    from safetensors.torch import save
+
+    state = {k: v.detach().cpu().contiguous() for k, v in (tensors or model.adapter.state_dict()).items()}
+    config = {
+        "format": FORMAT,
+        "version": __version__,
+        "model": to_dict(model.config),
+        "features": {"tokens": model.encoder.tokens, "width": model.encoder.width},
+        "hashes": {k: v for k, v in model.hashes.items() if k != "adapter"},
+    }
+    files = {
+        "adapter.safetensors": save(state, metadata={"format": "pt"}),
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "README.md": card.encode(),
+    }
+    replace_files(folder, files)
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files beside their targets, flushes them to disk, then moves them into place.
+
+    Raises:
+        WeightsError: the disk is full or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        try:
+            for name, content in files.items():
+                with open(staging / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for name in files:
+                os.replace(staging / name, folder / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as problem:
+        raise WeightsError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
+
+
+def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The adapter's tensors and the SHA-256 of their file.
+
+    Raises:
+        WeightsError: missing or damaged; a pickle is never read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / "adapter.safetensors"
+    try:
+        content = path.read_bytes()
+        return load(content), hashlib.sha256(content).hexdigest()
+    except (OSError, SafetensorError) as problem:
+        raise WeightsError(f"{path} cannot be read: {problem}") from problem
+
+
+def build_model(
+    config: ModelConfig, *, device: str = "cpu", dtype: str = "float32", offline: bool = False
+) -> VLM:
+    """Frozen parts from their ids and a fresh adapter.
+
+    Raises:
+        WeightsError: a frozen part is missing or damaged.
+        ConfigError: sizes that do not fit.
+    """
+    precision = getattr(torch, dtype, None)
+    if precision not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype {dtype!r} is none of float32, bfloat16, float16")
+    vision = resolve(config.vision.encoder, offline=offline)
+    words = resolve(config.language_model, offline=offline)
+    encoder = load_encoder(config.vision, vision)
+    language = LanguageModel.load(words.path, precision)
+    adapter = build_adapter(
+        config,
+        features=encoder.width,
+        positions=encoder.tokens,
+        hidden=language.width,
+        num_layers=language.num_layers,
+    )
+    hashes = {"encoder": vision.frozen_hash, "language_model": words.frozen_hash}
+    model = VLM(config, encoder, language, adapter, hashes=hashes)
+    return model.eval().to(device)
+
+
+def load_model(
+    adapter: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    offline: bool = False,
+    allow_different_frozen: bool = False,
+) -> VLM:
+    """A whole model from an adapter; see `VLM.from_pretrained`."""
+    folder = adapter_folder(adapter, offline=offline)
+    values = read_config(folder)
+    try:
+        config = from_dict(ModelConfig, values["model"])
+    except (KeyError, ConfigError) as problem:
+        raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
+    model = build_model(config, device=device, dtype=dtype, offline=offline)
+    _check_frozen(model, values.get("hashes", {}), folder, allow_different_frozen)
+    load_adapter(model, folder)
+    model.adapter_name = str(adapter)
+    return model
+
+
+def load_adapter(model: VLM, folder: Path) -> None:
+    """Loads an adapter's tensors, all of them and no others, into a model built for them.
+
+    Raises:
+        WeightsError: names or shapes differ.
+    """
+    tensors, digest = load_tensors(folder)
+    try:
+        model.adapter.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
+    except RuntimeError as problem:
+        reason = " ".join(str(problem).split())
+        raise WeightsError(
+            f"{folder / 'adapter.safetensors'} does not fit its config.json: {reason}"
+        ) from problem
+    model.hashes["adapter"] = digest
+
+
+def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> None:
+    different = [part for part, digest in expected.items() if model.hashes.get(part) != digest]
+    if not different:
+        return
+    names = " and ".join(part.replace("_", " ") for part in sorted(different))
+    message = f"{folder} was trained with another {names} than the one found"
+    if not allowed:
+        raise WeightsError(f"{message}; --allow-different-frozen goes on all the same")
+    warnings.warn(f"{message}; its answers may be worse", stacklevel=3)

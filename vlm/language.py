@@ -1,0 +1,233 @@
+"""The frozen decoder language model: embeddings, layers, head, and its chat template's own pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.errors import WeightsError
+
+BeforeLayer = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """Token ids that stand around the turns; `end` closes an answer and is the stop token."""
+
+    start: tuple[int, ...]
+    user_open: tuple[int, ...]
+    user_close: tuple[int, ...]
+    assistant_open: tuple[int, ...]
+    assistant_close: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.assistant_close[0]
+
+
+class LanguageModel(nn.Module):
+    """Any decoder-only `transformers` model, frozen.
+
+    Shapes: B rows, T new tokens, S tokens seen (cached ones and new ones), D hidden width.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.body = model.base_model
+        self.layers = _decoder_layers(self.body, model.config.num_hidden_layers)
+        self.frame = chat_frame(tokenizer)
+        self.width: int = model.config.hidden_size
+        self.max_positions: int = getattr(model.config, "max_position_embeddings", 1 << 20)
+        self._plain = _without_added_tokens(tokenizer)
+        self.added_ids = tuple(i for i in tokenizer.added_tokens_decoder if i != self.frame.end)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """Loads weights and tokenizer from a local folder (safetensors only, no remote code)."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as problem:
+            raise WeightsError(f"{folder} holds no usable language model: {problem}") from problem
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        return cls(model, tokenizer)
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Stays in evaluation mode: a frozen part has no dropout."""
+        return super().train(False)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of literal text: no added token is ever recognised in it."""
+        return self._plain(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(..., ) ids -> (..., D)."""
+        embedded = self.model.get_input_embeddings()(ids)
+        assert isinstance(embedded, Tensor)
+        return embedded
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any = None,
+        before_layer: BeforeLayer | None = None,
+        at_layers: tuple[int, ...] = (),
+    ) -> Tensor:
+        """Runs the decoder.
+
+        Args:
+            embeddings: (B, T, D).
+            mask: (B, T, S) bool, true where a token may look.
+            positions: (B, T) position of each token in its own sequence.
+            cache: a `transformers` cache to read and extend, or None.
+            before_layer: maps (layer index, hidden states) to the hidden states that the layer reads.
+            at_layers: the layers that `before_layer` is called for.
+
+        Returns:
+            (B, T, D) hidden states after the final norm.
+        """
+        dtype = embeddings.dtype
+        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        additive.masked_fill_(~mask, torch.finfo(dtype).min)
+        with _hooked(self.layers, at_layers, before_layer):
+            hidden = self.body(
+                inputs_embeds=embeddings,
+                attention_mask=additive[:, None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """(V, D) vocabulary projection, or None where it has a bias or its logits are bent afterwards."""
+        head = self.model.get_output_embeddings()
+        bent = any(
+            getattr(self.model.config, name, None) not in (None, 1.0)
+            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        )
+        if type(head) is not nn.Linear or head.bias is not None or bent:
+            return None
+        return head.weight
+
+    def halve(self, attention: str = "eager") -> None:
+        """Keeps the linear layers' weights in bfloat16, for training under autocast.
+
+        On a processor with AVX-512 BF16 their products then take half the time or less; the residual
+        stream and the norms stay in float32.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+        self.model.set_attn_implementation(attention)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) in float32."""
+        logits = self.model.get_output_embeddings()(hidden)
+        assert isinstance(logits, Tensor)
+        return logits.float()
+
+
+def _decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
+    """The decoder's list of layers, whatever the family calls it."""
+    for module in body.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise WeightsError(f"{type(body).__name__} has no list of {count} decoder layers")
+
+
+@contextmanager
+def _hooked(
+    layers: nn.ModuleList, at_layers: tuple[int, ...], before_layer: BeforeLayer | None
+) -> Iterator[None]:
+    """Calls `before_layer` in front of the chosen layers for the length of one forward pass only."""
+    handles = []
+    if before_layer is not None:
+        for index in at_layers:
+            handles.append(
+                layers[index].register_forward_pre_hook(_pre_hook(index, before_layer), with_kwargs=True)
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pre_hook(index: int, before_layer: BeforeLayer) -> Callable[..., tuple[Any, Any]]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            return (before_layer(index, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": before_layer(index, kwargs["hidden_states"])}
+
+    return hook
+
+
+def chat_frame(tokenizer: Any) -> ChatFrame:
+    """The pieces that the tokenizer's chat template puts around user and assistant turns.
+
+    They are read off rendered turns, each beginning where the turn before it ends, so that a default
+    system turn never enters. A tokenizer without a template gets `User: ...` and `Assistant: ...` lines.
+    """
+    ids = lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+    if not tokenizer.chat_template:
+        end = (tokenizer.eos_token_id,)
+        start = () if tokenizer.bos_token_id in (None, end[0]) else (tokenizer.bos_token_id,)
+        return ChatFrame(start, ids("User: "), ids("\n"), ids("Assistant:"), end)
+
+    def render(*contents: str) -> str:
+        roles = ("system", "user", "assistant")
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    system, user, answer = "\u2402system\u2403", "\u2402user\u2403", "\u2402assistant\u2403"
+    head = render(system)
+    asked = render(system, user)
+    whole = render(system, user, answer)
+    user_open, user_close = asked.removeprefix(head).split(user)
+    assistant_open, assistant_close = whole.removeprefix(asked).split(answer)
+    bos = tokenizer.bos_token
+    start_text = bos if bos and head.startswith(bos) and not user_open.startswith(bos) else ""
+    return ChatFrame(
+        ids(start_text), ids(user_open), ids(user_close), ids(assistant_open), ids(assistant_close)
+    )
+
+
+def _without_added_tokens(tokenizer: Any) -> Callable[[str], list[int]]:
+    """An encoder of literal text: the tokenizer's model and splitting rules, no added tokens at all."""
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    plain = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(backend, part) is not None:
+            setattr(plain, part, getattr(backend, part))
+    return lambda text: list(plain.encode(text, add_special_tokens=False).ids)

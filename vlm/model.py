@@ -1,0 +1,230 @@
+"""VLM = frozen encoder + trained adapter + frozen language model.
+
+    from vlm import VLM
+    model = VLM.from_pretrained("default")
+    print(model.ask(["cat.jpg"], "What animal is this?").text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vlm.adapters import Adapter, Conditioning
+from vlm.answer import Answer
+from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig
+from vlm.conversation import Conversation, ImageSource
+from vlm.errors import ConfigError
+from vlm.features import FeatureCache, Features
+from vlm.images import Picture, open_picture
+from vlm.language import LanguageModel
+from vlm.losses import cross_entropy, frozen_head_cross_entropy
+from vlm.processor import Batch, Processor, Row
+from vlm.vision import Encoder
+
+if TYPE_CHECKING:
+    from vlm.chat import Chat
+
+CAPTION_BEAMS = 3
+
+
+class VLM(nn.Module):
+    """The whole model.
+
+    Shapes: B rows, T tokens, I images in a batch, N encoder tokens, D_v encoder width, D language width.
+
+    Attributes:
+        hashes: SHA-256 of the frozen encoder, the frozen language model and the adapter.
+        adapter_name: the id or folder that the adapter was loaded from.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: Encoder,
+        language: LanguageModel,
+        adapter: Adapter,
+        *,
+        hashes: dict[str, str] | None = None,
+        adapter_name: str = "untrained",
+        feature_cache: FeatureCache | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.language = language
+        self.adapter = adapter
+        self.processor = Processor(language, adapter)
+        self.hashes = dict(hashes or {})
+        self.adapter_name = adapter_name
+        self.features = Features(encoder, self.hashes.get("encoder", ""), feature_cache)
+        self.fused_loss = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path = "default",
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        offline: bool = False,
+        allow_different_frozen: bool = False,
+        feature_cache: Path | None = None,
+    ) -> VLM:
+        """Loads an adapter (a shipped id, a folder or a hub id) and the frozen parts it was trained with.
+
+        Args:
+            dtype: of the frozen parts; the adapter always computes in float32 on the CPU.
+            allow_different_frozen: go on, with a warning, when the frozen weights' hashes differ.
+            feature_cache: folder of a feature cache to read and fill; None keeps no features on disk.
+
+        Raises:
+            WeightsError: something is missing, damaged or not what the adapter was trained with.
+        """
+        from vlm.checkpoint import load_model
+
+        model = load_model(
+            adapter, device=device, dtype=dtype, offline=offline, allow_different_frozen=allow_different_frozen
+        )
+        if feature_cache is not None:
+            model.features.cache = FeatureCache(feature_cache)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.adapter.parameters()).device
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What training moves: the adapter's parameters and nothing else."""
+        return list(self.adapter.parameters())
+
+    # --- the network -------------------------------------------------------------------------------
+
+    def latents(self, batch: Batch, features: Tensor) -> Tensor:
+        """(I, N, D_v) features of a batch's images -> (I, L, W)."""
+        if batch.question_ids is None:
+            encoded: Tensor = self.adapter.encode(features)
+            return encoded
+        question = self.language.embed(batch.question_ids)
+        return self.adapter.encode(features, question, batch.question_mask)
+
+    def condition(self, batch: Batch, features: Tensor) -> Conditioning:
+        """What the language model may know of the batch's images."""
+        return self.adapter.prepare(self.latents(batch, features), batch.layout)
+
+    def hidden(self, batch: Batch, conditioning: Conditioning, cache: Any = None) -> Tensor:
+        """(B, T, D) hidden states of a batch; with a `transformers` cache, which they fill."""
+        embeddings = self.adapter.embed(self.language.embed(batch.ids), batch.soft_index, conditioning)
+        visible = batch.layout.visible(batch.groups)
+        hidden: Tensor = self.language(
+            embeddings,
+            batch.mask,
+            batch.positions,
+            cache,
+            self.adapter.before_layer(visible, conditioning),
+            self.adapter.at_layers,
+        )
+        return hidden
+
+    def forward(self, batch: Batch, features: Tensor) -> Tensor:
+        """(B, T, V) float32 logits."""
+        return self.language.logits(self.hidden(batch, self.condition(batch, features)))
+
+    def loss(self, batch: Batch, features: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the labels' negative log-likelihoods, and the sum of their weights.
+
+        Logits are computed for the nodes that have a label, and for no other.
+        """
+        hidden = self.hidden(batch, self.condition(batch, features)).flatten(0, 1)
+        used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
+        hidden = hidden[used]
+        head = self.language.head_weight if self.fused_loss else None
+        if head is None:
+            logits = self.language.logits(hidden)
+            total = cross_entropy(logits, nodes, batch.labels, batch.label_weights, smoothing)
+        else:
+            total = frozen_head_cross_entropy(
+                hidden, head, nodes, batch.labels, batch.label_weights, smoothing
+            )
+        return total, batch.label_weights.sum()
+
+    # --- pictures ----------------------------------------------------------------------------------
+
+    def encode(self, pictures: Sequence[Picture], view: str = "whole") -> Tensor:
+        """(I, N, D_v) float32 features, through the feature cache where there is one."""
+        return self.features(pictures, view).to(self.device)
+
+    def blank_image(self) -> Image.Image:
+        """A picture whose every pixel is the encoder's mean: what the model sees of nothing."""
+        return self.encoder.blank()
+
+    # --- asking ------------------------------------------------------------------------------------
+
+    def ask(self, images: Sequence[ImageSource], question: str, **generation: Any) -> Answer:
+        """Answers one question about some images.
+
+        Args:
+            images: paths, bytes, PIL images or opened pictures, in the order they are spoken of.
+            generation: fields of `GenerationConfig`.
+
+        Raises:
+            ImageError: a file that is no picture.
+        """
+        return self.ask_batch([Conversation.ask(images, question)], **generation)[0]
+
+    def ask_batch(self, conversations: Sequence[Conversation], **generation: Any) -> list[Answer]:
+        """Answers many conversations, `batch_size` at a time; each equals its answer alone."""
+        from vlm.generation import answer_all
+
+        return answer_all(self, conversations, generation_config(generation))
+
+    def caption(self, images: Sequence[ImageSource], **generation: Any) -> list[Answer]:
+        """A caption for each image; beam search unless `generation` says otherwise."""
+        if "num_beams" not in generation and not generation.get("temperature"):
+            generation["num_beams"] = CAPTION_BEAMS
+        return self.ask_batch([Conversation.ask([image], CAPTION_PROMPT) for image in images], **generation)
+
+    def stream(self, conversation: Conversation, **generation: Any) -> Iterator[str]:
+        """The answer's text, piece by piece as it is decoded."""
+        from vlm.generation import stream
+
+        yield from stream(self, conversation, generation_config(generation))
+
+    def score(
+        self, conversations: Sequence[Conversation], candidates: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Log-probability (natural logarithm, summed over tokens and the end) of each candidate answer."""
+        from vlm.generation import score_all
+
+        return score_all(self, conversations, candidates)
+
+    def chat(self, images: Sequence[ImageSource] = ()) -> Chat:
+        """A conversation that remembers its turns."""
+        from vlm.chat import Chat
+
+        return Chat(self, images)
+
+    def rows(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[Picture]]:
+        """One row for each conversation, and their pictures in reading order."""
+        rows, pictures = [], []
+        for conversation in conversations:
+            tokens = self.processor.tokens(conversation)
+            rows.append(self.processor.row([tokens]))
+            pictures += [open_picture(conversation.images[i]) for i in tokens.images]
+        return rows, pictures
+
+
+def generation_config(options: dict[str, Any]) -> GenerationConfig:
+    """Raises:
+    ConfigError: an option that generation does not have.
+    """
+    try:
+        return replace(GenerationConfig(), **options)
+    except TypeError as problem:
+        raise ConfigError(f"unknown generation option among: {', '.join(options)}") from problem
