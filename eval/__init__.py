@@ -1,1 +1,1 @@
-"""Evaluation: tasks, metrics, controls, intervals. Installed as `vlm.eval`."""
+"""Benchmarks: tasks, official metrics, controls, statistics and reports."""
