@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,8 @@ def _run(name: str, arguments: list[str]) -> int:
         hint = f"did you mean `vlm {near[0]}`?" if near else "`vlm --help` lists them."
         print(f"error: there is no command {_one_line(name)!r}; {hint}", file=sys.stderr)
         return USAGE_ERROR
+    # Pillow warns of damaged EXIF and the like; what matters about a picture is said by its ImageError.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return command.load()(arguments)
     except VLMError as error:

@@ -29,6 +29,7 @@ Code = Literal["missing", "empty", "format", "truncated", "too_large", "damaged"
 Source = str | Path | bytes | Image.Image
 
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
+PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
 ORIENTATION: Final = 0x0112
 UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,6 +56,7 @@ DECODER_ERRORS: Final = (
     MemoryError,
     RuntimeError,
     Image.DecompressionBombError,
+    Warning,  # where the host turns warnings into errors
 )
 
 
@@ -75,7 +77,9 @@ class Limits:
     max_pixels: int = 50_000_000
     """Width times height, as the header claims."""
     keep_pixels: int = 16_000_000
-    """A larger picture is halved until it is within this, so that it never takes 300 MB."""
+    """A larger picture is halved until it is within this, so that reading it never takes 300 MB."""
+    max_webp_pixels: int = 16_777_216
+    """As `max_pixels`, for WebP, whose decoder takes four times the memory of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +126,10 @@ def open_picture(
         raise ImageError("empty", f"{label} is empty")
     if len(content) > limits.max_bytes:
         raise _too_many_bytes(label, limits)
-    image = _open(content, label)
-    pixels = _decode(image, label, limits)
+    try:
+        pixels = _decode(_reader(content, label)(BytesIO(content)), label, limits)
+    except DECODER_ERRORS as problem:
+        raise _damaged(label, problem, cut_off=_ends_early(content)) from problem
     return Picture(pixels, hashlib.sha256(content).hexdigest(), label)
 
 
@@ -161,24 +167,52 @@ def _too_many_bytes(label: str, limits: Limits) -> ImageError:
     return ImageError("too_large", f"{label} has more than {limits.max_bytes >> 20} MB")
 
 
-def _open(content: bytes, label: str) -> ImageFile.ImageFile:
-    """Read the header with the one reader that the first bytes call for."""
-    reader: type[ImageFile.ImageFile]
+def _reader(content: bytes, label: str) -> type[ImageFile.ImageFile]:
+    """The one reader that the first bytes call for.
+
+    Its class is called and not Image.open, whose warning about large pictures would come before our check.
+    """
     if content.startswith(b"\xff\xd8\xff"):
-        reader = JpegImageFile
-    elif content.startswith(b"\x89PNG\r\n\x1a\n"):
-        reader = PngImageFile
-    elif content.startswith((b"GIF87a", b"GIF89a")):
-        reader = GifImageFile
-    elif content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        reader = WebPImageFile
-    else:
-        raise ImageError("format", f"{label} is {_guess(content)}: JPEG, PNG, WebP and GIF are read")
-    try:
-        # The reader's own class and not Image.open: its warning about large pictures comes after our check.
-        return reader(BytesIO(content))
-    except DECODER_ERRORS as problem:
-        raise _damaged(label, problem) from problem
+        return JpegImageFile
+    if content.startswith(PNG_MAGIC):
+        _check_png(content)
+        return PngImageFile
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return GifImageFile
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return WebPImageFile
+    raise ImageError("format", f"{label} is {_guess(content)}: JPEG, PNG, WebP and GIF are read")
+
+
+def _check_png(content: bytes) -> None:
+    """Compare the checksums of the chunks that make the picture.
+
+    Pillow does not, and where compressed data is damaged it returns black rows in silence.
+    """
+    place = len(PNG_MAGIC)
+    while place + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 8 + length
+        if end + 4 > len(content) or kind == b"IEND":
+            return  # Pillow tells whether what is missing matters
+        critical = not kind[0] & 0x20
+        if critical and zlib.crc32(memoryview(content)[place + 4 : end]) != int.from_bytes(
+            content[end : end + 4]
+        ):
+            raise ValueError(f"chunk {kind!r} has the wrong checksum")
+        place = end + 4
+
+
+def _ends_early(content: bytes) -> bool:
+    """True where the mark that ends a file of its format is missing."""
+    tail = content[-4096:].rstrip(b"\0")
+    if content.startswith(b"\xff"):
+        return not tail.endswith(b"\xff\xd9")
+    if content.startswith(b"\x89"):
+        return b"IEND" not in tail
+    if content.startswith(b"GIF"):
+        return not tail.endswith(b";")
+    return len(content) < 8 + int.from_bytes(content[4:8], "little")
 
 
 def _guess(content: bytes) -> str:
@@ -201,10 +235,10 @@ def _guess(content: bytes) -> str:
     return "no picture of a kind that is known"
 
 
-def _damaged(label: str, problem: BaseException) -> ImageError:
-    if isinstance(problem, Image.DecompressionBombError):
+def _damaged(label: str, problem: BaseException, cut_off: bool = False) -> ImageError:
+    if isinstance(problem, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return ImageError("too_large", f"{label} has too many pixels")
-    if isinstance(problem, EOFError) or "truncated" in str(problem).lower():
+    if cut_off or isinstance(problem, EOFError):
         return ImageError("truncated", f"{label} is cut off before its end")
     return ImageError("damaged", f"{label} is damaged and cannot be decoded")
 
@@ -212,17 +246,12 @@ def _damaged(label: str, problem: BaseException) -> ImageError:
 def _decode(image: ImageFile.ImageFile, label: str, limits: Limits) -> Image.Image:
     """Decode the first frame of an image whose header has been read; upright RGB within the limits."""
     _check_size(image, label, limits)
-    try:
-        turn = _orientation(image)
-        if image.width * image.height > limits.keep_pixels:
-            image.draft(
-                None, _halved(image.size, limits.keep_pixels)
-            )  # JPEG decodes straight to 1/2, 1/4, 1/8
-        image.load()
-        _check_size(image, label, limits)  # a GIF frame may reach beyond the screen that its header gave
-        return _finish(image, turn, limits)
-    except DECODER_ERRORS as problem:
-        raise _damaged(label, problem) from problem
+    turn = _orientation(image)
+    if image.width * image.height > limits.keep_pixels:
+        image.draft(None, _halved(image.size, limits.keep_pixels))  # JPEG decodes straight to 1/2, 1/4, 1/8
+    image.load()
+    _check_size(image, label, limits)  # a GIF frame may reach beyond the screen that its header gave
+    return _finish(image, turn, limits)
 
 
 def _from_pillow(image: Image.Image, label: str, limits: Limits) -> Picture:
@@ -246,10 +275,13 @@ def _check_size(image: Image.Image, label: str, limits: Limits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError("empty", f"{label} has no pixels ({width} x {height})")
-    if width * height > limits.max_pixels:
-        millions = limits.max_pixels // 1_000_000
+    allowed = limits.max_pixels
+    if isinstance(image, WebPImageFile):
+        allowed = min(allowed, limits.max_webp_pixels)
+    if width * height > allowed:
+        millions = f"{allowed / 1e6:.3g} million"
         raise ImageError(
-            "too_large", f"{label} claims {width} x {height} pixels; at most {millions} million are read"
+            "too_large", f"{label} claims {width} x {height} pixels; at most {millions} are read"
         )
 
 
