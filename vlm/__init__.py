@@ -83,4 +83,4 @@ def _is_bare_clone() -> bool:
 
 
 if _is_bare_clone() and not any(type(finder).__qualname__ == "_CloneFinder" for finder in sys.meta_path):
-    sys.meta_path.append(_CloneFinder())  # type: ignore[arg-type]
+    sys.meta_path.append(_CloneFinder())

@@ -76,7 +76,7 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
         return
     digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
     flat = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
-    digest.update(memoryview(flat.numpy()).cast("B"))
+    digest.update(flat.numpy().data)
 
 
 @dataclass(frozen=True, slots=True)

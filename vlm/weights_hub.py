@@ -7,6 +7,7 @@ safetensors, configuration and tokenizer files is ever fetched.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from vlm.errors import WeightsError
@@ -15,6 +16,7 @@ from vlm.weights import PINS, Origin, Resolved, folder_model, require_safetensor
 REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 LANGUAGE_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 ENCODER_FILES = ["model.safetensors", "config.json"]
+ADAPTER_FILES = ["adapter.safetensors", "config.json", "README.md"]
 ELSEWHERE = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -35,6 +37,22 @@ def resolve_hub(model_id: str, *, offline: bool) -> Resolved:
     if found.kind != "language":
         raise WeightsError(f"{model_id} is an image encoder: call it timm:{found.model}.")
     return found
+
+
+def fetch_adapter(repository: str, *, offline: bool = False) -> Path:
+    """The folder of an adapter in a Hugging Face repository, `ORG/NAME` or `ORG/NAME@REVISION`.
+
+    Raises:
+        WeightsError: no such repository, no network, or it holds no adapter.
+    """
+    match = REPOSITORY.fullmatch(repository)
+    if match is None:
+        raise WeightsError(f"{repository!r} is neither an adapter's folder nor ORG/NAME of the hub.")
+    folder, _ = _snapshot(repository, match["repo"], match["revision"], ADAPTER_FILES, offline)
+    for name in ("adapter.safetensors", "config.json"):
+        if not (folder / name).is_file():
+            raise WeightsError(f"{repository} holds no adapter: {name} is missing.")
+    return folder
 
 
 def _timm(model_id: str, name: str, offline: bool) -> Resolved:
@@ -107,17 +125,12 @@ def _snapshot(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    fetch = partial(
+        snapshot_download, repository, revision=revision, allow_patterns=files, ignore_patterns=ELSEWHERE
+    )
     try:
-        cached = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=files,
-                ignore_patterns=ELSEWHERE,
-                local_files_only=True,
-            )
-        )
-        require_safetensors(cached)
+        cached = Path(fetch(local_files_only=True))
+        require_safetensors(cached)  # an interrupted download leaves part of the files
         return cached, "hf-cache"
     except HFValidationError as problem:
         raise WeightsError(f"{model_id!r} is no repository name.") from problem
@@ -128,12 +141,9 @@ def _snapshot(
                 f"`vlm weights get {model_id}` without --offline."
             ) from problem
     try:
-        fetched = snapshot_download(
-            repository, revision=revision, allow_patterns=files, ignore_patterns=ELSEWHERE
-        )
+        return Path(fetch()), "hub"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
         reason = str(problem).strip().split("\n")[0][:200] or type(problem).__name__
         raise WeightsError(
             f"{model_id} could not be fetched from the Hugging Face hub: {reason}"
         ) from problem
-    return Path(fetched), "hub"
