@@ -104,6 +104,22 @@ class Lexicon:
             table[name] = frozenset(forms)
         return table
 
+    def blocks(self, thing: str, form: str) -> bool:
+        """Whether a word (group) of a caption leaves a "no" about `thing` in doubt.
+
+        Besides the listed words, a word that begins or ends with the thing's own name does ("snowboard" for
+        snow), if that has four letters or more.
+        """
+        stem = thing.rpartition(" ")[2]
+        if form in self.blocking[thing]:
+            return True
+        return len(stem) >= 4 and " " not in form and (form.startswith(stem) or form.endswith(stem))
+
+    def allows_no(self, thing: str, forms: frozenset[str]) -> bool:
+        """Whether captions with these word forms let "Is there a ...?" be answered "no"."""
+        needs = self.things[thing].needs
+        return (not needs or bool(forms & needs)) and not any(self.blocks(thing, form) for form in forms)
+
     def is_kind_of(self, name: str, kind: str) -> bool:
         """Whether `name` is `kind` or one of its hyponyms."""
         return name == kind or name in self.descendants[kind]

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from vlm.data.captions import Caption, Mention, verbs
+from vlm.data.captions import Caption, Mention
+from vlm.data.grammar import verbs, words
 from vlm.data.lexicon import Lexicon
 from vlm.data.picture import PictureText
 from vlm.data.yesno import NUMBER_WORDS, Pair, unit
@@ -65,15 +66,6 @@ PARTICLES = {
     "sitting": ("on", "sitting on"), "standing": ("on", "standing on"), "jumping": ("over", "jumping over"),
     "playing": ("with", "playing with"), "sliding": ("down", "sliding down"), "leaning": ("on", "leaning on"),
 }  # fmt: skip
-NOT_OBJECTS = frozenset(
-    "front top edge side middle end back corner background distance hand hands head arm arms lap trick tricks air "
-    "piece group pile way water ground day light face race game crowd set pair line row bunch team picture show "
-    "area scene jump event competition stunt place lot flip something object family couple sport match hold sit bottom "
-    "leg foot feet legs finger".split()
-)
-SPECIFIC = frozenset(
-    "bag food drink shoe glasses wall person hole rollerblades newspaper suit wagon vehicle toy".split()
-)
 
 
 def singular(mention: Mention, lexicon: Lexicon) -> str:
@@ -85,7 +77,7 @@ def answer_for(mention: Mention, lexicon: Lexicon) -> str:
     """What a question about this mention is answered with: its concept where that is plain speech."""
     thing = lexicon.things[mention.thing]
     if (
-        thing.name in SPECIFIC
+        thing.name in words("specific")
         or not thing.ask
         and thing.name not in ("hat", "helmet", "shirt", "leash", "wave")
     ):
@@ -219,16 +211,10 @@ def _object_after(caption: Caption, at: int, limit: int) -> Mention | None:
         if mention.start <= at:
             continue
         between = caption.tokens[at + 1 : mention.start]
-        if len(between) > limit or any(t in (",.") or t in _BREAKS for t in between):
+        if len(between) > limit or any(t in (",.") or t in words("breaks") for t in between):
             return None
         return mention
     return None
-
-
-_BREAKS = frozenset(
-    "in on at of with by to from for into over under through near behind beside while as who and or down up out off "
-    "around across along past toward towards against by , . ; each another something".split()
-)
 
 
 def _objects(picture: PictureText, kind: str) -> dict[str, Counter[str]]:
@@ -248,7 +234,7 @@ def _objects(picture: PictureText, kind: str) -> dict[str, Counter[str]]:
             if not phrase or not before or not picture.lexicon.is_kind_of(before[-1].thing, kind):
                 continue
             mention = _object_after(caption, at, 5)
-            if mention is None or mention.form in NOT_OBJECTS or mention.thing == "person":
+            if mention is None or mention.form in words("not_objects") or mention.thing == "person":
                 continue
             table.setdefault(phrase, Counter())[answer_for(mention, picture.lexicon)] += 1
     return table
@@ -283,7 +269,7 @@ def _in_the_mouth(index: int, picture: PictureText) -> Iterator[Pair]:
                 and after[2] == "mouth"
             ):
                 said[answer_for(mention, picture.lexicon)] += 1
-    if len(said) == 1 and next(iter(said)) not in NOT_OBJECTS:
+    if len(said) == 1 and next(iter(said)) not in words("not_objects"):
         yield Pair(index, "What is in the dog's mouth?", next(iter(said)), "object")
 
 

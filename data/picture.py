@@ -6,15 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from vlm.data.captions import Caption, Mention, read_caption, verbs
+from vlm.data.captions import Caption, Mention, read_caption
 from vlm.data.example import Example
+from vlm.data.grammar import verbs, words
 from vlm.data.lexicon import Lexicon
 
-PEOPLE_WORDS = frozenset(
-    "crowd group team others audience spectators onlookers people couple family friends children kids men women boys "
-    "girls players pair band bystanders they them each fans everyone".split()
-)
-VOID_ONE = frozenset("another other others one each both together two three four several many some".split())
 AGENTS = ("man", "woman", "boy", "girl", "baby", "child", "person", "dog")
 
 
@@ -84,15 +80,7 @@ class PictureText:
 
     def surely_lacks(self, thing: str) -> bool:
         """Whether no caption has a word for it, its synonyms, hypernyms, hyponyms, or a near word."""
-        entry = self.lexicon.things[thing]
-        if self.forms & self.lexicon.blocking[thing]:
-            return False
-        if entry.needs and not self.forms & entry.needs:
-            return False
-        stem = thing.split()[-1]
-        return not any(
-            len(stem) >= 4 and (form.startswith(stem) or form.endswith(stem)) for form in self.forms
-        )
+        return self.lexicon.allows_no(thing, self.forms)
 
     def counts(self, thing: str) -> list[int | None]:
         """Per caption that names it: how many it says, None where it doesn't."""
@@ -109,7 +97,7 @@ class PictureText:
                 known = known and mention.count is not None
                 total += mention.count or 0
                 seen.add(mention.thing)
-            if total == 1 and VOID_ONE & set(caption.tokens):
+            if total == 1 and words("void_one") & set(caption.tokens):
                 known = False
             found.append(total if known else None)
         return found
@@ -123,7 +111,7 @@ class PictureText:
         number, support = next(iter(known.items()))
         if number == 1:
             plural = any(mention.many for mentions in self.mentions(thing) for mention in mentions)
-            vague = self.lexicon.is_kind_of(thing, "person") and bool(PEOPLE_WORDS & self.forms)
+            vague = self.lexicon.is_kind_of(thing, "person") and bool(words("people_words") & self.forms)
             return 1 if support >= 3 and not plural and not vague else None
         return number if support >= 2 else None
 
@@ -137,7 +125,11 @@ class PictureText:
     @cached_property
     def single_person(self) -> bool:
         """Whether there is one person as far as anyone says."""
-        return self.is_single("person") and not PEOPLE_WORDS & self.forms and "another" not in self.forms
+        return (
+            self.is_single("person")
+            and not words("people_words") & self.forms
+            and "another" not in self.forms
+        )
 
     def colour(self, thing: str) -> str | None:
         """The colour (or two, as "black and white") that captions agree on, else None."""
@@ -167,7 +159,7 @@ class PictureText:
         plural = [m.many for m in mentions]
         if many == {False}:
             names = Counter(m.thing for m in mentions if m.thing in AGENTS)
-            if names and not VOID_ONE & self.forms:
+            if names and not words("void_one") & self.forms:
                 name = max(names, key=lambda n: (names[n] * (n != "person"), -AGENTS.index(n)))
                 if names[name] >= 2 and not self.disputed(name):
                     return Agent(kind, name, False)
@@ -175,7 +167,7 @@ class PictureText:
         if all(plural):
             names = Counter(m.thing for m in mentions)
             name, support = names.most_common(1)[0]
-            words = {
+            plurals = {
                 "man": "men",
                 "woman": "women",
                 "boy": "boys",
@@ -183,8 +175,8 @@ class PictureText:
                 "child": "children",
                 "dog": "dogs",
             }
-            if support == len(mentions) and name in words:
-                return Agent(kind, words[name], True)
+            if support == len(mentions) and name in plurals:
+                return Agent(kind, plurals[name], True)
             return Agent(kind, "dogs" if kind == "dog" else "people", True)
         return None
 

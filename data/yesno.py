@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from vlm.data.captions import verbs
+from vlm.data.grammar import verbs, words
 from vlm.data.lexicon import Lexicon
 from vlm.data.picture import PictureText
 
@@ -37,14 +37,6 @@ COLOUR_THINGS = (
     "bicycle",
 )
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-INDOORS = frozenset(
-    "indoors indoor kitchen bedroom bathroom couch sofa bed carpet gym gymnasium restaurant room subway classroom "
-    "office mall library hallway living stage concert".split()
-)
-OUTDOORS = frozenset(
-    "snow beach ocean grass grassy field street forest woods mountain lake river sidewalk road hill sand snowy "
-    "park yard outdoors outside sea waves surfing trail desert cliff".split()
-)
 
 
 @dataclass(frozen=True)
@@ -113,14 +105,37 @@ def _association(pictures: Sequence[PictureText], asked: Sequence[str]) -> dict[
     }
 
 
+def _absence_index(pictures: Sequence[PictureText], lexicon: Lexicon) -> Callable[[str], list[int]]:
+    """thing -> pictures that surely lack it: `PictureText.surely_lacks`, by word instead of by picture."""
+    holders: dict[str, list[int]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        for form in picture.forms:
+            holders[form].append(index)
+
+    single = [form for form in holders if " " not in form]
+
+    def lookup(thing: str) -> list[int]:
+        blocked: set[int] = set()
+        needed: set[int] = set()
+        for form in (*lexicon.blocking[thing], *(word for word in single if lexicon.blocks(thing, word))):
+            blocked.update(holders.get(form, ()))
+        for form in lexicon.things[thing].needs:
+            needed.update(holders.get(form, ()))
+        free = needed if lexicon.things[thing].needs else range(len(pictures))
+        return sorted(set(free) - blocked)
+
+    return lookup
+
+
 def presence(pictures: Sequence[PictureText], lexicon: Lexicon, load: Load, seed: int) -> list[Pair]:
     """ "Is there a dog in the picture?", rarest objects first so that they are not crowded out."""
     asked = [name for name, thing in lexicon.things.items() if thing.ask]
     score = _association(pictures, asked)
     having = {name: [i for i, p in enumerate(pictures) if p.surely_has(name)] for name in asked}
+    without = _absence_index(pictures, lexicon)
     pairs: list[Pair] = []
     for name in sorted(asked, key=lambda name: (len(having[name]), name)):
-        lacking = [i for i, p in enumerate(pictures) if p.surely_lacks(name)]
+        lacking = without(name)
         ids = {i: pictures[i].example.id for i in (*having[name], *lacking)}
         cap = max(40, len(pictures) // 8)
 
@@ -244,8 +259,8 @@ def scenes(pictures: Sequence[PictureText]) -> dict[str, tuple[list[int], list[i
     """Indoors or outdoors, where at least two captions have a word that settles it."""
     inside, outside = [], []
     for index, picture in enumerate(pictures):
-        indoor = sum(bool(caption.forms & INDOORS) for caption in picture.captions)
-        outdoor = sum(bool(caption.forms & OUTDOORS) for caption in picture.captions)
+        indoor = sum(bool(caption.forms & words("indoors")) for caption in picture.captions)
+        outdoor = sum(bool(caption.forms & words("outdoors")) for caption in picture.captions)
         if indoor >= 2 and not outdoor and not picture.forms & {"stage", "concert", "train"}:
             inside.append(index)
         elif outdoor >= 2 and not indoor:
