@@ -37,14 +37,17 @@ class Settings:
     max_pixels: int = 50_000_000
     max_text: int = 32_000
     """Characters of all messages together, counted before anything is tokenised."""
-    max_choices: int = 4
+    context: int = 2048
+    """Tokens of a conversation and its answer together: bounds memory, and how long others wait."""
 
     slots: int = 16
     """Answers decoded side by side."""
     queue: int = 64
     """Answers waiting for a slot; one more is refused with 429."""
     deadline: float = 120.0
-    """From the request to its last token."""
+    """From the request's admission to its last token."""
+    connections: int = 512
+    """Open TCP connections."""
     default_new_tokens: int = 128
     max_new_tokens: int = 1024
     cached_pictures: int = 512

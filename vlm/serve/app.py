@@ -1,0 +1,246 @@
+"""The routes. `create_app` puts the layers together; `main` runs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from vlm import __version__
+from vlm.serve.chat import ClientGone, Conversing, while_connected
+from vlm.serve.errors import APIError, error_body
+from vlm.serve.feedback import FeedbackFull, FeedbackStore
+from vlm.serve.gate import Gate
+from vlm.serve.limits import BodyLimit
+from vlm.serve.metrics import CONTENT_TYPE, Metrics
+from vlm.serve.schemas import (
+    ChatCompletion,
+    ChatRequest,
+    ErrorBody,
+    FeedbackRequest,
+    FeedbackStored,
+    ModelCard,
+    ModelList,
+    PageConfig,
+    Status,
+)
+from vlm.serve.static import page_routes
+
+if TYPE_CHECKING:
+    from vlm.serve.engine import Engine
+    from vlm.serve.keys import Keys
+    from vlm.serve.pictures import Desk
+    from vlm.serve.settings import Settings
+
+M = TypeVar("M", bound=BaseModel)
+_ANYWHERE = (401, 403, 405, 429, 500)
+_WITH_BODY = (400, 408, 413, 415, 422)
+
+
+def create_app(
+    engine: Engine, desk: Desk, *, settings: Settings, keys: Keys | None, metrics: Metrics, model_id: str
+) -> Any:
+    """The whole server as an ASGI application; starts and stops the engine with its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        engine.stop()
+        desk.close()
+
+    app = FastAPI(
+        title="vlm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        description="Questions about pictures, in OpenAI's format.", redirect_slashes=False,
+    )  # fmt: skip
+    bounds = (settings.feedback_entries, settings.feedback_bytes)
+    store = (
+        FeedbackStore(settings.feedback, max_entries=bounds[0], max_bytes=bounds[1])
+        if settings.feedback
+        else None
+    )
+    conversing = Conversing(engine, desk, settings, model_id)
+    _add_status(app, engine, metrics)
+    _add_models(app, model_id, settings, store is not None)
+    _add_chat(app, conversing, settings)
+    _add_feedback(app, store, desk, settings)
+    _add_errors(app)
+    page = page_routes()
+    app.router.routes.extend(page)
+    app.openapi = _schema(app, keys is not None)  # type: ignore[method-assign]
+    open_paths = ["/health", *(route.path for route in page)]
+    limited = BodyLimit(app, settings)
+    return Gate(limited, settings=settings, keys=keys, metrics=metrics, open_paths=open_paths)
+
+
+def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody} for status in sorted({*statuses, *_ANYWHERE})}
+
+
+def _body(name: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _schema(app: FastAPI, locked: bool) -> Callable[[], dict[str, Any]]:
+    """OpenAPI with the request bodies, which are parsed by hand (see `_parse`)."""
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            _, bodies = models_json_schema(
+                [(ChatRequest, "validation"), (FeedbackRequest, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            components = schema.setdefault("components", {})
+            components.setdefault("schemas", {}).update(bodies["$defs"])
+            if locked:
+                components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                schema["security"] = [{"key": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    return openapi
+
+
+async def _parse(request: Request, model: type[M], settings: Settings) -> M:
+    """The body as a model; its bytes are forgotten at once.
+
+    The framework's own parsing would hold several copies of a picture for as long as its answer takes, and
+    build any tree that 32 MiB of brackets describe.
+
+    Raises:
+        APIError: 415, 400 `invalid_json`, 422 `invalid_request`.
+    """
+    body = request.scope["vlm.body"]
+    try:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise APIError(415, "Send the body as application/json.")
+        if sum(map(body.data.count, b"{[,")) > settings.max_structure:
+            raise APIError(400, "The body holds too many values.", code="invalid_json")
+        return model.model_validate_json(body.data)
+    except ValidationError as error:
+        raise _explained(error) from None
+    finally:
+        body.release()
+
+
+def _explained(error: ValidationError) -> APIError:
+    """The first complaint, without the value it is about."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return APIError(400, "The body is not valid JSON.", code="invalid_json")
+    where = ".".join(str(part) for part in first["loc"])[:200]
+    return APIError(422, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+
+
+def _add_status(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+    @app.get("/health", responses=_documented())
+    async def health() -> Status:
+        """Whether the process answers."""
+        return Status()
+
+    @app.get("/ready", responses=_documented(503))
+    async def ready() -> Status:
+        """Whether questions can be answered."""
+        if not engine.alive:
+            raise APIError(503, "The model is not running.")
+        return Status()
+
+    @app.get("/metrics", responses={**_documented(), 200: {"content": {"text/plain": {}}}})
+    async def numbers() -> Response:
+        """Counters for Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _add_models(app: FastAPI, model_id: str, settings: Settings, feedback: bool) -> None:
+    card = ModelCard(id=model_id, created=int(time.time()), owned_by="vlm")
+
+    @app.get("/v1/models", responses=_documented())
+    async def models() -> ModelList:
+        """The models that can be asked: one."""
+        return ModelList(data=[card])
+
+    @app.get("/v1/models/{model:path}", responses=_documented(404))
+    async def model(model: str) -> ModelCard:
+        """One model."""
+        if model != model_id:
+            raise APIError(
+                404, "This server has no model of that name.", code="model_not_found", param="model"
+            )
+        return card
+
+    @app.get("/v1/page", responses=_documented())
+    async def page() -> PageConfig:
+        """What the page may offer."""
+        return PageConfig(
+            model=model_id, feedback=feedback, attention=False, max_images=settings.max_images,
+            max_image_bytes=settings.max_image_bytes, max_text=settings.max_text,
+        )  # fmt: skip
+
+
+def _add_chat(app: FastAPI, conversing: Conversing, settings: Settings) -> None:
+    answers = _documented(*_WITH_BODY, 404, 503, 504)
+    answers[200] = {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+    @app.post("/v1/chat/completions", responses=answers, openapi_extra=_body("ChatRequest"))
+    async def chat(request: Request) -> Response:
+        """Answer the last user's message, whole or as a stream."""
+        return await conversing.respond(await _parse(request, ChatRequest, settings), request.receive)
+
+
+def _add_feedback(app: FastAPI, store: FeedbackStore | None, desk: Desk, settings: Settings) -> None:
+    @app.post("/v1/feedback", responses=_documented(*_WITH_BODY, 404), openapi_extra=_body("FeedbackRequest"))
+    async def feedback(request: Request) -> FeedbackStored:
+        """Store what a person thought of an answer, with the pictures and words it was about."""
+        opinion = await _parse(request, FeedbackRequest, settings)
+        if store is None:
+            raise APIError(404, "This server does not collect feedback.", code="feedback_off")
+        if not opinion.consent:
+            message = "Feedback is stored only with the person's consent."
+            raise APIError(403, message, code="consent_required", param="consent")
+
+        async def keep() -> int:
+            conversation, pictures = await desk.originals(opinion.messages, 1024)
+            return await desk.run(
+                lambda: store.add(
+                    conversation, pictures, opinion.answer, opinion.verdict, opinion.correction, opinion.model
+                )
+            )
+
+        try:
+            return FeedbackStored(id=await while_connected(request.receive, keep()))
+        except FeedbackFull:
+            raise APIError(403, "The feedback store is full.", code="feedback_full") from None
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Everything that can be raised, in OpenAI's shape."""
+
+    @app.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        message = {404: "There is nothing here.", 405: "This route does not take that method."}
+        body = error_body(error.status_code, message.get(error.status_code, str(error.detail)))
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(500, "The server failed to answer; the error is logged."), 500)

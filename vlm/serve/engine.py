@@ -1,0 +1,270 @@
+"""Continuous batching: one thread decodes, requests join and leave between its steps.
+
+Event loop side: `admit` (bounded, or 429) gives a `Place`; `Place.submit` queues its answers and returns one
+`Ticket` for each; leaving the place cancels what still runs. Thread side: take the cancelled out, let the
+waiting in, one decoding step, hand the pieces over. Only this thread runs the language model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from vlm.config import GenerationConfig
+from vlm.errors import VLMError
+from vlm.serve.errors import APIError, overloaded
+from vlm.serve.metrics import Metrics
+from vlm.serve.pictures import Question
+from vlm.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from vlm.generation import DecodeBatch, Event
+    from vlm.model import VLM
+
+logger = logging.getLogger("vlm.serve")
+_JOINING = 4
+"""Requests read between two steps: more would make the running answers stutter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one decoding step added to an answer."""
+
+    text: str
+    token: str
+    logprob: float
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Ticket:
+    """One answer on its way: iterate over its pieces on the event loop that made it."""
+
+    def __init__(self, question: Question, generation: GenerationConfig, deadline: float) -> None:
+        self.question = question
+        self.generation = generation
+        self.deadline = deadline
+        self.created = time.monotonic()
+        self.cancelled = False
+        self.started = False
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[Piece | APIError] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """The pieces as they come.
+
+        Raises:
+            APIError: the deadline passed, the server stops, or decoding failed.
+        """
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, APIError):
+                raise piece
+            yield piece
+            if piece.finish_reason:
+                return
+
+    def deliver(self, piece: Piece | APIError) -> None:
+        """Hand over a piece; called from the engine's thread."""
+        if not self.cancelled:
+            try:
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            except RuntimeError:  # the loop has closed: nobody waits any more
+                self.cancelled = True
+
+
+class Place(AbstractContextManager["Place"]):
+    """Room for one request's answers, held from its admission to the end of its response."""
+
+    def __init__(self, engine: Engine, count: int) -> None:
+        self._engine = engine
+        self._count = count
+        self._tickets: list[Ticket] = []
+        self.deadline = time.monotonic() + engine.settings.deadline
+
+    def submit(self, question: Question, generations: Sequence[GenerationConfig]) -> list[Ticket]:
+        """Queue one answer for each way of decoding."""
+        self._tickets = [Ticket(question, generation, self.deadline) for generation in generations]
+        self._engine.enqueue(self._tickets)
+        return self._tickets
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for ticket in self._tickets:
+            ticket.cancelled = True
+        count, self._count = self._count, 0
+        self._engine.leave(count)
+
+
+class Engine:
+    """The decoding thread and its queue."""
+
+    def __init__(
+        self, model: VLM, settings: Settings, metrics: Metrics, make_batch: Callable[[VLM], DecodeBatch]
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self._metrics = metrics
+        self._make_batch = make_batch
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}
+        self._wake = threading.Condition()
+        self._admitted = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="vlm-engine", daemon=True)
+        metrics.watch("vlm_answers_running", "Answers being decoded", lambda: len(self._running))
+        metrics.watch("vlm_answers_waiting", "Answers waiting for a slot", lambda: len(self._waiting))
+
+    @property
+    def alive(self) -> bool:
+        """Whether answers can be had."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def running(self) -> int:
+        """Answers being decoded."""
+        return len(self._running)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; whoever still waits gets 503."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    def admit(self, count: int) -> Place:
+        """Room for `count` answers.
+
+        Raises:
+            APIError: 429 when the queue is full, 503 when the engine does not run.
+        """
+        if not self.alive:
+            raise APIError(503, "The model is not running.")
+        with self._wake:
+            if self._admitted + count > self.settings.slots + self.settings.queue:
+                raise overloaded(len(self._waiting), self.settings.slots)
+            self._admitted += count
+        return Place(self, count)
+
+    def leave(self, count: int) -> None:
+        """Give room back, and let the thread notice who is gone."""
+        with self._wake:
+            self._admitted -= count
+            self._wake.notify()
+
+    def enqueue(self, tickets: Sequence[Ticket]) -> None:
+        """Put admitted answers into the queue."""
+        with self._wake:
+            self._waiting.extend(tickets)
+            self._wake.notify()
+
+    # --- the thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        import torch
+
+        batch = self._make_batch(self.model)
+        with torch.inference_mode():
+            while self._wait_for_work():
+                try:
+                    self._turn(batch)
+                except Exception:
+                    # One bad request must not end the service for all: whoever was in the batch gets a 500,
+                    # a fresh batch takes its place. Frames alone are logged; messages may quote a prompt.
+                    logger.exception("a decoding step failed")
+                    self._fail_all(APIError(500, "The model failed to answer; the error is logged."))
+                    batch = self._make_batch(self.model)
+        self._waiting.extend(self._running.values())
+        self._fail_all(APIError(503, "The server is stopping."))
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not self._stopping and not self._waiting and not self._running:
+                self._wake.wait()
+            return not self._stopping
+
+    def _turn(self, batch: DecodeBatch) -> None:
+        self._drop(batch)
+        self._join(batch)
+        if self._running:
+            for event in batch.step():
+                self._hand_over(event)
+
+    def _drop(self, batch: DecodeBatch) -> None:
+        """Take out who has gone and who is late."""
+        now = time.monotonic()
+        late = APIError(504, "The answer was not ready before the server's deadline.")
+        for slot, ticket in list(self._running.items()):
+            if ticket.cancelled or now > ticket.deadline:
+                batch.remove(slot)
+                del self._running[slot]
+                self._end(ticket, "cancelled" if ticket.cancelled else "deadline", late)
+        with self._wake:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled or now > ticket.deadline]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        for ticket in gone:
+            self._end(ticket, "cancelled" if ticket.cancelled else "deadline", late)
+
+    def _join(self, batch: DecodeBatch) -> None:
+        from vlm.generation import DecodeRequest
+
+        for _ in range(_JOINING):
+            with self._wake:
+                if len(self._running) >= self.settings.slots or not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+            try:
+                slot = batch.add(DecodeRequest(ticket.question.conversation, ticket.generation))
+            except VLMError as error:
+                # Everything a user can get wrong was checked before; what remains is ours.
+                logger.error("a checked request was refused: %s", type(error).__name__)
+                self._end(ticket, "error", APIError(500, "The model failed to read the request."))
+                continue
+            except BaseException:
+                self._end(ticket, "error", APIError(500, "The model failed to answer; the error is logged."))
+                raise
+            self._running[slot] = ticket
+            self._metrics.tokens.labels("prompt").inc(ticket.question.prompt_tokens)
+
+    def _hand_over(self, event: Event) -> None:
+        ticket = self._running.get(event.slot)
+        if ticket is None:
+            return
+        if not ticket.started:
+            ticket.started = True
+            self._metrics.first_token.observe(time.monotonic() - ticket.created)
+        self._metrics.tokens.labels("completion").inc()
+        piece = Piece(event.text_delta, event.token, event.logprob, event.finish_reason)
+        if event.finish_reason:
+            del self._running[event.slot]
+            self._end(ticket, event.finish_reason, piece)
+        else:
+            ticket.deliver(piece)
+
+    def _end(self, ticket: Ticket, reason: str, last: Piece | APIError) -> None:
+        self._metrics.answers.labels(reason).inc()
+        ticket.deliver(last)
+
+    def _fail_all(self, error: APIError) -> None:
+        with self._wake:
+            tickets = list(self._running.values())
+            self._running.clear()
+            if self._stopping:
+                tickets += self._waiting
+                self._waiting.clear()
+        for ticket in tickets:
+            self._end(ticket, "error", error)

@@ -1,0 +1,73 @@
+// The server as this page sees it: one settings call, streamed answers, feedback. The key lives in the tab.
+
+const KEY = "vlm-key";
+
+export class ApiError extends Error {
+  constructor(status, code, message, retryAfter) {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.retryAfter = retryAfter;
+  }
+}
+
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+function headers() {
+  const key = sessionStorage.getItem(KEY);
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+async function call(path, { body, signal } = {}) {
+  let response;
+  try {
+    const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
+    response = await fetch(path, { ...options, headers: headers(), signal });
+  } catch (problem) {
+    if (problem.name === "AbortError") throw problem;
+    throw new ApiError(0, "unreachable", "The server cannot be reached.");
+  }
+  if (!response.ok) {
+    const { error } = await response.json().catch(() => ({ error: {} }));
+    const message = error.message || `The server answered with status ${response.status}.`;
+    throw new ApiError(response.status, error.code, message, Number(response.headers.get("Retry-After")) || 0);
+  }
+  return response;
+}
+
+export async function settings() {
+  return (await call("/v1/page")).json();
+}
+
+export async function sendOpinion(opinion) {
+  return (await call("/v1/feedback", { body: opinion })).json();
+}
+
+export async function whereItLooked(body) {
+  return (await call("/v1/attention", { body })).json();
+}
+
+// Yields the answer's text as it comes; returns how it ended ("stop" or "length").
+export async function* ask(model, messages, signal) {
+  const response = await call("/v1/chat/completions", { body: { model, messages, stream: true }, signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = "";
+  let ended = null;
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new ApiError(0, "cut", "The connection broke off before the answer was complete.");
+    const frames = (waiting + value).split("\n\n");
+    waiting = frames.pop();
+    for (const frame of frames) {
+      if (!frame.startsWith("data: ")) continue;
+      if (frame === "data: [DONE]") return ended;
+      const { error, choices } = JSON.parse(frame.slice(6));
+      if (error) throw new ApiError(0, error.code, error.message);
+      const choice = choices[0];
+      if (choice?.delta.content) yield choice.delta.content;
+      ended = choice?.finish_reason ?? ended;
+    }
+  }
+}

@@ -1,0 +1,251 @@
+"""From a request's messages to a conversation whose pictures are opened, encoded and small.
+
+At most `workers` decoded pictures exist at a time: each is resized to the encoder's square at once (which is
+what the encoder would do with it, so nothing changes) and its features go into the memory cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from PIL import Image
+
+from vlm.conversation import Conversation, ImageSlot, Turn
+from vlm.errors import DataError
+from vlm.images import ImageError, Limits, Picture, open_picture
+from vlm.serve.errors import APIError
+from vlm.serve.fetch import FetchDoor
+from vlm.serve.metrics import Metrics
+from vlm.serve.schemas import ImagePart, Message
+from vlm.serve.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vlm.features import FeatureCache
+    from vlm.model import VLM
+
+T = TypeVar("T")
+_DATA = re.compile(r"data:(?:[a-z]+/[a-z0-9.+-]+)?(?:;[a-z0-9-]+=[a-z0-9.-]+)*;base64,", re.IGNORECASE)
+
+
+class MemoryCache:
+    """Features by key, the least recently used out first, over a cache on disk where there is one."""
+
+    def __init__(self, entries: int, metrics: Metrics, below: FeatureCache | None = None) -> None:
+        self._entries = entries
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self._below = below
+        self._metrics = metrics
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: str) -> np.ndarray | None:
+        """The features under a key, (N, D_v) float16, or None."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+        if found is not None:
+            self._metrics.pictures.labels("memory").inc()
+            return found
+        if self._below is not None and (found := self._below.get(key)) is not None:
+            self._metrics.pictures.labels("disk").inc()
+            self._keep({key: found})
+        return found
+
+    def put(self, arrays: dict[str, np.ndarray]) -> None:
+        """Keep freshly computed features."""
+        self._metrics.pictures.labels("encoder").inc(len(arrays))
+        self._keep(arrays)
+        if self._below is not None:
+            self._below.put(arrays)
+
+    def _keep(self, arrays: dict[str, np.ndarray]) -> None:
+        with self._lock:
+            self._kept.update(arrays)
+            while len(self._kept) > self._entries:
+                self._kept.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the engine is asked: a conversation with small pictures, and the tokens it takes."""
+
+    conversation: Conversation
+    prompt_tokens: int
+
+
+class Desk:
+    """Opens what requests bring. One for a server; its threads do everything that is slow."""
+
+    def __init__(self, model: VLM, settings: Settings, door: FetchDoor) -> None:
+        self._model = model
+        self._settings = settings
+        self._door = door
+        self._limits = Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
+        self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="vlm-pictures")
+
+    async def question(self, messages: Sequence[Message]) -> Question:
+        """The conversation of a chat request.
+
+        Raises:
+            APIError: 400 for anything in the messages that cannot be used.
+        """
+        outline, urls = self._outline(messages)
+        pictures = await self._each(urls, self._small)
+        conversation = Conversation(tuple(pictures), outline)
+        tokens = await self.run(lambda: self._count(conversation))
+        return Question(conversation, tokens)
+
+    async def originals(
+        self, messages: Sequence[Message], side: int
+    ) -> tuple[Conversation, list[Image.Image]]:
+        """The conversation and its pictures, at most `side` pixels wide and high (for the feedback store)."""
+        outline, urls = self._outline(messages)
+
+        def shrink(picture: Picture) -> Image.Image:
+            pixels = picture.pixels.copy()
+            pixels.thumbnail((side, side))
+            return pixels
+
+        pictures = await self._each(urls, shrink)
+        return Conversation(tuple(pictures), outline), pictures
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do something slow in one of the desk's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _outline(self, messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[str]]:
+        turns, urls = _turns(messages)
+        if len(urls) > self._settings.max_images:
+            raise _bad(f"At most {self._settings.max_images} pictures fit into one request.")
+        if sum(len(turn.text) for turn in turns) > self._settings.max_text:
+            message = f"The messages hold more than {self._settings.max_text} characters."
+            raise _bad(message, "context_length_exceeded")
+        side_by_side = max((_longest_group(turn) for turn in turns), default=0)
+        if side_by_side > self._model.adapter.max_group:
+            raise _bad(f"At most {self._model.adapter.max_group} pictures may stand side by side.")
+        return turns, urls
+
+    async def _each(self, urls: list[str], use: Callable[[Picture], T]) -> list[T]:
+        results = []
+        for number in range(len(urls)):
+            url, urls[number] = urls[number], ""  # a 20 MB text is not needed once it is bytes
+            data = await self._bytes(url, number + 1)
+            results.append(await self.run(lambda d=data, n=number: use(self._open(d, n + 1))))  # type: ignore[misc]
+        return results
+
+    async def _bytes(self, url: str, number: int) -> bytes:
+        if url[:5].lower() != "data:":
+            return await self._door.fetch(url)
+        if not (match := _DATA.match(url[:200])):
+            raise _bad_image(f"Picture {number} is not a base64 data: URL.")
+        if (len(url) - match.end()) * 3 // 4 > self._settings.max_image_bytes + 2:
+            raise _bad_image(f"Picture {number} is larger than {self._settings.max_image_bytes >> 20} MiB.")
+        return await self.run(lambda: _decode(url[match.end() :], number))
+
+    def _open(self, data: bytes, number: int) -> Picture:
+        try:
+            return open_picture(data, name=f"picture {number}", limits=self._limits)
+        except ImageError as error:
+            raise _bad_image(str(error)) from None
+
+    def _small(self, picture: Picture) -> Picture:
+        """The picture as the encoder sees it, with its features kept."""
+        side = self._model.encoder.config.size
+        small = replace(picture, pixels=picture.pixels.resize((side, side), Image.Resampling.BICUBIC))
+        self._model.features([small])
+        return small
+
+    def _count(self, conversation: Conversation) -> int:
+        try:
+            count = len(self._model.processor.tokens(conversation))
+        except DataError as error:
+            raise _bad(str(error), "context_length_exceeded") from None
+        if count >= self._settings.context:
+            message = f"The conversation has {count} tokens; this server reads {self._settings.context}."
+            raise _bad(message, "context_length_exceeded")
+        return count
+
+
+def _bad(message: str, code: str = "invalid_value") -> APIError:
+    return APIError(400, message, code=code, param="messages")
+
+
+def _bad_image(message: str) -> APIError:
+    return APIError(400, message, code="invalid_image", param="messages")
+
+
+def _decode(text: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise _bad_image(f"Picture {number} is not valid base64.") from None
+
+
+def _turns(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[str]]:
+    """Turns and the URLs of their pictures. System words go before the first user's; neighbours of one role
+    become one turn, since the model's frame alternates."""
+    system: list[str] = []
+    merged: list[tuple[str, list[str | ImageSlot]]] = []
+    urls: list[str] = []
+    for message in messages:
+        parts = _parts(message, urls)
+        if message.role in ("system", "developer"):
+            if any(isinstance(part, ImageSlot) for part in parts):
+                raise _bad("Pictures belong into the user's messages.")
+            system += [part for part in parts if isinstance(part, str)]
+        elif merged and merged[-1][0] == message.role:
+            merged[-1][1].extend(["\n", *parts])
+        else:
+            merged.append((message.role, parts))
+    if not merged or merged[0][0] != "user" or merged[-1][0] != "user":
+        raise _bad("The conversation must begin and end with a user's message.")
+    if words := "\n".join(text for text in system if text):
+        merged[0][1].insert(0, words + "\n")
+    turns = []
+    for role, parts in merged:
+        if role == "assistant" and any(isinstance(part, ImageSlot) for part in parts):
+            raise _bad("Pictures belong into the user's messages.")
+        if not any(isinstance(part, ImageSlot) or part.strip() for part in parts):
+            raise _bad("A message holds neither words nor a picture.")
+        turns.append(Turn("user" if role == "user" else "assistant", tuple(parts)))
+    return tuple(turns), urls
+
+
+def _parts(message: Message, urls: list[str]) -> list[str | ImageSlot]:
+    if isinstance(message.content, str):
+        return [message.content]
+    parts: list[str | ImageSlot] = []
+    for part in message.content:
+        if isinstance(part, ImagePart):
+            parts.append(ImageSlot(len(urls)))
+            urls.append(part.image_url.url)
+            part.image_url.url = ""
+        else:
+            parts.append(part.text)
+    return parts
+
+
+def _longest_group(turn: Turn) -> int:
+    longest = run = 0
+    for part in turn.parts:
+        run = run + 1 if isinstance(part, ImageSlot) else (0 if part else run)
+        longest = max(longest, run)
+    return longest
