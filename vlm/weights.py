@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from vlm.errors import WeightsError
 from vlm.weights_cache import Manifest, cache_root, damage, frozen_hash, install, sha256_file
 
 __all__ = ["PINS", "Pin", "Resolved", "frozen_hash", "pinned_path", "resolve"]
+
+log = logging.getLogger("vlm.weights")
 
 Kind = Literal["encoder", "language"]
 Library = Literal["timm", "open_clip", "transformers"]
@@ -48,6 +51,8 @@ class Pin:
     converted_size: int
     """Bytes that the cache needs, roughly."""
     frozen_hash: str
+    seconds: int
+    """How long the conversion takes on a small machine."""
     licence: str
     about: str
 
@@ -92,6 +97,7 @@ PINS: dict[str, Pin] = {
             conversion=1,
             converted_size=25_000_000,
             frozen_hash="516d7f771203660bf290cf375947ae5aab90b3f24a0085657db77f5dcb880445",
+            seconds=5,
             licence="Apache-2.0",
             about="EfficientNet-Lite2, ImageNet (6 M parameters)",
         ),
@@ -110,6 +116,7 @@ PINS: dict[str, Pin] = {
             conversion=1,
             converted_size=545_000_000,
             frozen_hash="7b5d8aefba1d57cde41ce069e4013e4164e5941340473960c128d630ec219ec6",
+            seconds=30,
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct, Q4_1 (135 M parameters)",
         ),
@@ -167,14 +174,22 @@ def pinned_path(model_id: str) -> Path:
 
 
 def _pinned(pin: Pin) -> Resolved:
-    manifest = Manifest.read(pin.folder)
+    manifest = cached(pin)
     origin: Origin = "cache"
-    if manifest is None or manifest.key != pin.key or damage(pin.folder, manifest) is not None:
+    if manifest is None:
         manifest = _convert(pin)
         origin = "wheel"
     return Resolved(
         pin.id, pin.kind, pin.folder, pin.library, pin.model, origin, manifest.sha256s, manifest.frozen_hash
     )
+
+
+def cached(pin: Pin) -> Manifest | None:
+    """The manifest of a known id's folder in the cache, or None where it is absent, old or damaged."""
+    manifest = Manifest.read(pin.folder)
+    if manifest is None or manifest.key != pin.key or damage(pin.folder, manifest) is not None:
+        return None
+    return manifest
 
 
 def _convert(pin: Pin) -> Manifest:
@@ -187,6 +202,7 @@ def _convert(pin: Pin) -> Manifest:
     def build(folder: Path) -> str:
         from vlm import weights_convert
 
+        log.warning("preparing %s, once (about %d s)", pin.id, pin.seconds)
         identity: str = getattr(weights_convert, pin.converter)(source, folder)
         if pin.frozen_hash and identity != pin.frozen_hash:
             raise WeightsError(

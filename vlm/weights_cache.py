@@ -32,9 +32,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def cache_root() -> Path:
     """`VLM_CACHE`, or `vlm` in the user's cache folder."""
-    if chosen := os.environ.get("VLM_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlm"
+    try:
+        if chosen := os.environ.get("VLM_CACHE"):
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlm"
+    except RuntimeError as problem:
+        raise WeightsError(
+            "this user has no home folder: set VLM_CACHE to a folder for weights."
+        ) from problem
 
 
 def sha256_file(path: Path) -> str:

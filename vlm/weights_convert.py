@@ -5,7 +5,11 @@ Nothing here is imported until a cache has to be filled.
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,8 @@ def efficientnet_lite2(source: Path, folder: Path) -> str:
     if len(theirs) != len(ours) or any(mine.shape != other.shape for (_, mine), other in pairs):
         raise WeightsError(f"{source} does not fit timm's {ENCODER_ARCHITECTURE}")
     tensors = {name: other.contiguous() for (name, _), other in pairs}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with _disk_errors():
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config: dict[str, Any] = {
         "architecture": ENCODER_ARCHITECTURE,
         "num_classes": 1000,
@@ -76,13 +81,26 @@ def smollm2(source: Path, folder: Path) -> str:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with _disk_errors():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     finally:
         if bars:
             logging.enable_progress_bar()
     del model
     return frozen_hash(load_file(folder / "model.safetensors"))
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn safetensors' own error about a full disk into the `OSError` that it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as problem:
+        number = re.search(r"os error (\d+)", str(problem))
+        raise OSError(int(number[1]) if number else errno.EIO, str(problem)) from problem
 
 
 def _restore_digit_splitting(tokenizer: Any) -> None:
