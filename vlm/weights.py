@@ -233,7 +233,7 @@ def check_source(pin: Pin, source: Path) -> None:
 def _local_folder(model_id: str) -> Resolved | None:
     """A folder that holds a model, or None where the id is no folder of that kind."""
     path = Path(model_id).expanduser()
-    if not path.is_dir():
+    if not model_id or not path.is_dir():
         if model_id.startswith(("/", "./", "../", "~")):
             raise WeightsError(f"there is no folder {model_id}.")
         return None
