@@ -159,7 +159,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     result = plain(config)
     assert isinstance(result, dict)

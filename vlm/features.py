@@ -139,6 +139,18 @@ class Features:
         """What the cache knows this picture's features by."""
         return hashlib.sha256(f"{picture.sha256} {view} {self._prefix}".encode()).hexdigest()
 
+    def stored(self, keys: Sequence[str]) -> Tensor:
+        """(I, N, D_v) float32 features that are known to be in the cache.
+
+        Raises:
+            DataError: one of them is not (the cache was emptied, or is too small for the data).
+        """
+        arrays = [None if self.cache is None else self.cache.get(key) for key in keys]
+        held = [array for array in arrays if array is not None]
+        if len(held) < len(arrays):
+            raise DataError("the feature cache has lost pictures of this run: start the run again")
+        return torch.from_numpy(np.stack(held)).float()
+
     def __call__(self, pictures: Sequence[Picture], view: str = "whole") -> Tensor:
         """(I, N, D_v) float32; each distinct picture is encoded once.
 

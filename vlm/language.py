@@ -77,6 +77,11 @@ class LanguageModel(nn.Module):
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, which may be more than the tokenizer has tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of literal text: no added token is ever recognised in it."""
         return self._plain(text)

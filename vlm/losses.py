@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64
-"""Nodes projected at a time: 64 x 49,152 float32 logits are 12.6 MB."""
+CHUNK = 32
+"""Nodes projected at a time: 32 x 49,152 float32 logits are 6.3 MB."""
 
 
 def cross_entropy(logits: Tensor, nodes: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
@@ -44,18 +44,31 @@ class _FrozenHeadLoss(torch.autograd.Function):
         nodes, labels, weights = nodes[order], labels[order], weights[order]
         starts = torch.arange(0, hidden.shape[0] + CHUNK, CHUNK, device=nodes.device)
         bounds = torch.searchsorted(nodes, starts).tolist()
+        # One buffer serves every chunk: fresh ones would be paged in anew each time.
+        product = torch.empty(CHUNK, head.shape[0], dtype=head.dtype, device=head.device)
+        wide = product if head.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
         for number, begin in enumerate(range(0, hidden.shape[0], CHUNK)):
             mine = slice(bounds[number], bounds[number + 1])
             node, label, weight = nodes[mine] - begin, labels[mine], weights[mine]
             part = hidden[begin : begin + CHUNK].to(head.dtype)
-            logits = (part @ head.T).float()
-            total += cross_entropy(logits, node, label, weight, smoothing)
-            mass = torch.zeros(len(part), device=hidden.device).index_add_(0, node, weight)
-            logits = logits.softmax(dim=-1).mul_(mass[:, None])
+            raw, logits = product[: len(part)], wide[: len(part)]
+            torch.mm(part, head.T, out=raw)
+            if raw is not logits:
+                logits.copy_(raw)
+            said = (1 - smoothing) * logits[node, label]
             if smoothing:
-                logits -= mass[:, None] * (smoothing / head.shape[0])
+                said += smoothing * logits.mean(dim=-1)[node]
+            highest = logits.amax(dim=-1, keepdim=True)
+            partition = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+            total += (weight * ((highest + partition.log())[node, 0] - said)).sum()
+            mass = torch.zeros(len(part), device=hidden.device).index_add_(0, node, weight)[:, None]
+            logits.mul_(mass / partition)
+            if smoothing:
+                logits.sub_(mass * (smoothing / head.shape[0]))
             logits.index_put_((node, label), -(1 - smoothing) * weight, accumulate=True)
-            gradient[begin : begin + CHUNK] = (logits.to(head.dtype) @ head).float()
+            if raw is not logits:
+                raw.copy_(logits)
+            gradient[begin : begin + CHUNK] = raw @ head
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
         return total

@@ -22,10 +22,10 @@ from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features
-from vlm.images import Picture, open_picture
+from vlm.images import Picture
 from vlm.language import LanguageModel
 from vlm.losses import cross_entropy, frozen_head_cross_entropy
-from vlm.processor import Batch, Processor, Row
+from vlm.processor import Batch, Processor
 from vlm.vision import Encoder
 
 if TYPE_CHECKING:
@@ -209,15 +209,6 @@ class VLM(nn.Module):
         from vlm.chat import Chat
 
         return Chat(self, images)
-
-    def rows(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[Picture]]:
-        """One row for each conversation, and their pictures in reading order."""
-        rows, pictures = [], []
-        for conversation in conversations:
-            tokens = self.processor.tokens(conversation)
-            rows.append(self.processor.row([tokens]))
-            pictures += [open_picture(conversation.images[i]) for i in tokens.images]
-        return rows, pictures
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

@@ -7,10 +7,12 @@ M images in the longest row, T text tokens, D language width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.language import BeforeLayer
@@ -35,13 +37,56 @@ class ImageLayout:
         same = group_of_token[:, :, None] == self.group[:, None, :]
         return same & (self.image >= 0)[:, None, :] & (group_of_token >= 0)[:, :, None]
 
+    def select(self, rows: Tensor) -> ImageLayout:
+        """The layout of the chosen rows; their image indices are no longer meaningful."""
+        return ImageLayout(self.image[rows], self.group[rows], self.place[rows])
+
+    @staticmethod
+    def join(parts: Sequence[ImageLayout]) -> ImageLayout:
+        """The rows of several layouts under one another."""
+        most = max(part.image.shape[1] for part in parts)
+
+        def pad(x: Tensor, value: int) -> Tensor:
+            return F.pad(x, (0, most - x.shape[1]), value=value)
+
+        return ImageLayout(
+            torch.cat([pad(part.image, -1) for part in parts]),
+            torch.cat([pad(part.group, -1) for part in parts]),
+            torch.cat([pad(part.place, 0) for part in parts]),
+        )
+
 
 class Conditioning:
-    """What the language model may know of a batch's images, computed once and passed to every call."""
+    """What the language model may know of a batch's images, computed once and passed to every call.
 
-    def select(self, rows: Tensor) -> Conditioning:
+    An adapter's own conditioning is a tuple of tensors, rows first, with the images' places along the
+    axis `along`; what does not depend on the kind of adapter is done here.
+    """
+
+    along: int
+    tensors: tuple[Tensor, ...]
+
+    def select(self, rows: Tensor) -> Self:
         """The conditioning of the chosen rows (beams repeat a row), in that order."""
-        raise NotImplementedError  # pragma: no cover - every adapter's own
+        return self.of(tuple(tensor[rows] for tensor in self.tensors))
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """The rows of several conditionings under one another, padded to the one with most images."""
+        parts = [self, *others]
+        joined = []
+        for index in range(len(self.tensors)):
+            most = max(part.tensors[index].shape[self.along] for part in parts)
+            padded = []
+            for part in parts:
+                tensor = part.tensors[index]
+                room = [0, 0] * (tensor.ndim - 1 - self.along) + [0, most - tensor.shape[self.along]]
+                padded.append(F.pad(tensor, room))
+            joined.append(torch.cat(padded))
+        return self.of(tuple(joined))
+
+    def of(self, tensors: tuple[Tensor, ...]) -> Self:
+        """The same kind of conditioning around other tensors."""
+        return replace(self, tensors=tensors)  # type: ignore[type-var]
 
 
 class Adapter(nn.Module):

@@ -75,16 +75,15 @@ class GatedBlock(nn.Module):
 
 @dataclass(frozen=True)
 class FlamingoConditioning(Conditioning):
-    """Keys and values of every block, (B, H_kv, M * L, d) each."""
+    """Keys and values of every block in turn, (B, H_kv, M * L, d) each."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
     latents: int
+    along = 2
 
-    def select(self, rows: Tensor) -> FlamingoConditioning:
-        return FlamingoConditioning(
-            tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values), self.latents
-        )
+    def block(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one block."""
+        return self.tensors[2 * index], self.tensors[2 * index + 1]
 
 
 class FlamingoAdapter(Adapter):
@@ -133,7 +132,7 @@ class FlamingoAdapter(Adapter):
             # The group index is added per place, so one picture can stand first here and second there.
             placed = latents[layout.image.clamp(min=0)] + self.place(layout.place)[:, :, None]
             pairs = [block.keys_values(placed.flatten(1, 2)) for block in self._blocks()]
-        return FlamingoConditioning(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), self.latents)
+        return FlamingoConditioning(tuple(tensor for pair in pairs for tensor in pair), self.latents)
 
     def before_layer(self, visible: Tensor, conditioning: Conditioning) -> BeforeLayer:
         assert isinstance(conditioning, FlamingoConditioning)
@@ -145,7 +144,7 @@ class FlamingoAdapter(Adapter):
 
         def act(layer: int, hidden: Tensor) -> Tensor:
             i = number[layer]
-            keys, values = conditioning.keys[i], conditioning.values[i]
+            keys, values = conditioning.block(i)
             if keys.shape[2] == 0:
                 # No image in the whole batch: one all-zero latent stands in, and `sees` drops it.
                 keys = values = keys.new_zeros(*keys.shape[:2], 1, keys.shape[3])
@@ -166,6 +165,6 @@ class FlamingoAdapter(Adapter):
     def statistics(self) -> dict[str, float]:
         numbers = {}
         for layer, block in zip(self.at_layers, self._blocks(), strict=True):
-            numbers[f"gate/attention_{layer}"] = float(torch.tanh(block.attention_gate))
-            numbers[f"gate/feedforward_{layer}"] = float(torch.tanh(block.feedforward_gate))
+            numbers[f"gate/attention_{layer}"] = torch.tanh(block.attention_gate).item()
+            numbers[f"gate/feedforward_{layer}"] = torch.tanh(block.feedforward_gate).item()
         return numbers

@@ -85,10 +85,8 @@ class Layer(nn.Module):
 class SoftTokens(Conditioning):
     """(B, M * L, D) soft tokens of each row's images, in reading order."""
 
-    tokens: Tensor
-
-    def select(self, rows: Tensor) -> SoftTokens:
-        return SoftTokens(self.tokens[rows])
+    tensors: tuple[Tensor]
+    along = 1
 
 
 class QFormerAdapter(Adapter):
@@ -141,13 +139,14 @@ class QFormerAdapter(Adapter):
     def prepare(self, latents: Tensor, layout: ImageLayout) -> SoftTokens:
         rows, most = layout.image.shape
         if most == 0:
-            return SoftTokens(latents.new_zeros(rows, 0, self.project.out_features))
-        return SoftTokens(latents[layout.image.clamp(min=0)].flatten(1, 2))
+            return SoftTokens((latents.new_zeros(rows, 0, self.project.out_features),))
+        return SoftTokens((latents[layout.image.clamp(min=0)].flatten(1, 2),))
 
     def embed(self, embeddings: Tensor, soft_index: Tensor, conditioning: Conditioning) -> Tensor:
         assert isinstance(conditioning, SoftTokens)
-        if conditioning.tokens.shape[1] == 0:
+        (tokens,) = conditioning.tensors
+        if tokens.shape[1] == 0:
             return embeddings
-        index = soft_index.clamp(min=0)[:, :, None].expand(-1, -1, conditioning.tokens.shape[2])
-        soft = conditioning.tokens.gather(1, index).to(embeddings.dtype)
+        index = soft_index.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2])
+        soft = tokens.gather(1, index).to(embeddings.dtype)
         return torch.where((soft_index >= 0)[:, :, None], soft, embeddings)

@@ -1,0 +1,126 @@
+"""Beam search over a batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlm.config import GenerationConfig
+from vlm.decoder import DecoderState
+
+if TYPE_CHECKING:
+    from vlm.generation import DecodeRequest, Writer
+    from vlm.model import VLM
+
+Ended = tuple[float, list[int], list[float]]
+
+
+class _Beams:
+    """One prompt's beams: those that go on, and those that have ended."""
+
+    def __init__(self, size: int, penalty: float) -> None:
+        self.size, self.penalty = size, penalty
+        self.ids: list[list[int]] = [[] for _ in range(size)]
+        self.logprobs: list[list[float]] = [[] for _ in range(size)]
+        self.ended: list[Ended] = []
+        self.done = False
+
+    def _score(self, total: float, length: int) -> float:
+        return float(total / length**self.penalty)
+
+    def take(self, candidates: list[tuple[float, int, int, float]], end: int) -> list[tuple[int, int, float]]:
+        """Chooses among (total, beam, token, logprob), best first: (beam, token, total) that go on."""
+        going: list[tuple[int, int, float]] = []
+        ids, logprobs = [], []
+        for rank, (total, beam, token, logprob) in enumerate(candidates):
+            if token == end:
+                if rank < self.size:
+                    said, path = self.ids[beam], [*self.logprobs[beam], logprob]
+                    self.ended.append((self._score(total, len(path)), [*said, end], path))
+            elif len(going) < self.size:
+                going.append((beam, token, total))
+                ids.append([*self.ids[beam], token])
+                logprobs.append([*self.logprobs[beam], logprob])
+        self.ids, self.logprobs = ids, logprobs
+        self.ended = sorted(self.ended, key=lambda e: -e[0])[: self.size]
+        best = self._score(going[0][2], len(ids[0])) if going else float("-inf")
+        self.done = len(self.ended) == self.size and self.ended[-1][0] >= best
+        return going
+
+    def best(self, totals: list[float]) -> Ended:
+        """The best beam, ended or (when the length ran out) not."""
+        cut = [
+            (self._score(total, len(ids)), ids, logprobs)
+            for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=True)
+        ]
+        return max([*self.ended, *([] if self.ended else cut)], key=lambda e: e[0])
+
+
+def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
+    """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty."""
+    from vlm.generation import Writer
+
+    count, size, end = len(requests), config.num_beams, model.language.frame.end
+    features = torch.cat([request.features for request in requests])
+    state, logits = DecoderState.prefill(model, [request.row for request in requests], features)
+    rows = torch.arange(count, device=logits.device).repeat_interleave(size)
+    state, logits = state.select(rows), logits[rows]
+    beams = [_Beams(size, config.length_penalty) for _ in range(count)]
+    # At first a prompt's beams are alike: only the first one may go on.
+    totals = torch.full((count, size), float("-inf"), device=logits.device)
+    totals[:, 0] = 0
+    active = list(range(count))
+    limit = min(config.max_new_tokens, model.language.max_positions - int(state.positions.max()))
+    for length in range(1, limit + 1):
+        rows, tokens, totals = _extend(logits, totals, [beams[i] for i in active], end, model)
+        staying = [i for i, prompt in enumerate(active) if not beams[prompt].done]
+        if not staying or length == limit:
+            break
+        keep = torch.tensor(staying, device=logits.device)
+        rows, tokens = rows.view(-1, size)[keep].flatten(), tokens.view(-1, size)[keep].flatten()
+        totals, active = totals[keep], [active[i] for i in staying]
+        state = state.select(rows)
+        logits = state.advance(tokens)
+    left = dict(zip(active, totals.tolist(), strict=True))
+    writers = []
+    for number, prompt in enumerate(beams):
+        _, ids, logprobs = prompt.best(left.get(number, []) if not prompt.ended else [0.0] * len(prompt.ids))
+        writer = Writer(model, config)
+        for token, logprob in zip(ids, logprobs, strict=True):
+            writer.push(token, logprob)
+            if writer.finish_reason:
+                break
+        writers.append(writer)
+    return writers
+
+
+def _extend(
+    logits: Tensor, totals: Tensor, beams: list[_Beams], end: int, model: VLM
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of every prompt: the state's rows to go on from, their tokens, and (P, K) new totals."""
+    prompts, size = totals.shape
+    likely = logits.log_softmax(dim=-1)
+    likely[:, list(model.language.added_ids)] = float("-inf")
+    vocabulary = likely.shape[-1]
+    summed = (totals[:, :, None] + likely.view(prompts, size, vocabulary)).flatten(1)
+    best, where = summed.topk(2 * size, dim=-1)
+    rows, tokens = [], []
+    fresh = torch.full_like(totals, float("-inf"))
+    likely_list = likely.view(prompts, -1).gather(1, where).tolist()
+    for p, beam in enumerate(beams):
+        candidates = [
+            (total, at // vocabulary, at % vocabulary, logprob)
+            for total, at, logprob in zip(best[p].tolist(), where[p].tolist(), likely_list[p], strict=True)
+        ]
+        going = beam.take(candidates, end)
+        for k, (source, token, total) in enumerate(going):
+            rows.append(p * size + source)
+            tokens.append(token)
+            fresh[p, k] = total
+        rows += [p * size] * (size - len(going))
+        tokens += [end] * (size - len(going))
+    device = logits.device
+    return torch.tensor(rows, device=device), torch.tensor(tokens, device=device), fresh

@@ -1,0 +1,300 @@
+"""Decoding: greedy, sampled or by beams, in batches that rows may join and leave, with stop rules.
+
+    batch = DecodeBatch(model)
+    slots = batch.add([DecodeRequest(row, features, config)])
+    while len(batch):
+        for event in batch.step():
+            print(event.slot, event.text, event.finish_reason)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlm.answer import Answer, FinishReason, TokenLogprob, Usage
+from vlm.config import GenerationConfig
+from vlm.conversation import Conversation
+from vlm.decoder import DecoderState
+from vlm.images import Picture, open_picture
+from vlm.processor import Row
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """A prompt's row, the (images, N, D_v) features of its pictures, and how to decode."""
+
+    row: Row
+    features: Tensor
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one slot: the text it completes (often none yet), and the end, when it is one."""
+
+    slot: int
+    token: int
+    text: str
+    logprob: float
+    finish_reason: FinishReason | None = None
+
+
+class Writer:
+    """Turns token ids into text as they come.
+
+    Text that may still change (half of a character) or vanish (the beginning of a stop text) is held
+    back until it is certain.
+    """
+
+    def __init__(self, model: VLM, config: GenerationConfig) -> None:
+        self.model, self.config = model, config
+        self.ids: list[int] = []
+        self.logprob = 0.0
+        self.tokens: list[TokenLogprob] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._shown = 0
+
+    def push(self, token: int, logprob: float, room: bool = True) -> str:
+        """Takes a token and returns the text that became certain.
+
+        Args:
+            room: whether the model can read a further token.
+        """
+        self.logprob += logprob
+        if token == self.model.language.frame.end:
+            self.finish_reason = "stop"
+            return self._show(len(self.text))
+        before = self.text
+        self.ids.append(token)
+        self.text = self.model.language.decode(self.ids)
+        self.tokens.append(TokenLogprob(self.text[len(before) :], logprob))
+        found = [at for at in (self.text.find(stop) for stop in self.config.stop if stop) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.config.max_new_tokens or not room:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            return self._show(len(self.text))
+        return self._show(len(self.text) - self._uncertain())
+
+    def _uncertain(self) -> int:
+        broken = len(self.text) - len(self.text.rstrip("\ufffd"))
+        held = [
+            size
+            for stop in self.config.stop
+            for size in range(1, min(len(stop), len(self.text) + 1))
+            if self.text.endswith(stop[:size])
+        ]
+        return max([broken, *held])
+
+    def _show(self, end: int) -> str:
+        fresh = self.text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return fresh
+
+
+@dataclass
+class _Slot:
+    number: int
+    writer: Writer
+    config: GenerationConfig
+    random: torch.Generator | None
+
+
+class DecodeBatch:
+    """Rows decoded together; each as it would be alone.
+
+    `add` reads the prompts; each `step` gives every row one token. A row that ends leaves by itself.
+    """
+
+    def __init__(self, model: VLM) -> None:
+        self.model = model
+        self._slots: list[_Slot] = []
+        self._state: DecoderState | None = None
+        self._logits: Tensor | None = None
+        self._numbers = itertools.count()
+        banned = torch.zeros(model.language.vocabulary, dtype=torch.bool)
+        banned[list(model.language.added_ids)] = True
+        self._banned = banned.to(model.device)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def add(self, requests: Sequence[DecodeRequest]) -> list[int]:
+        """Reads the prompts and returns the numbers of their slots."""
+        features = torch.cat([request.features for request in requests])
+        state, logits = DecoderState.prefill(self.model, [r.row for r in requests], features)
+        if self._state is None or self._logits is None:
+            self._state, self._logits = state, logits
+        else:
+            self._state = self._state.join(state)
+            self._logits = torch.cat([self._logits, logits])
+        added = []
+        for request in requests:
+            random = None
+            if request.config.temperature > 0:
+                random = torch.Generator()
+                if request.config.seed is None:
+                    random.seed()
+                else:
+                    random.manual_seed(request.config.seed)
+            writer = Writer(self.model, request.config)
+            added.append(_Slot(next(self._numbers), writer, request.config, random))
+        self._slots += added
+        return [slot.number for slot in added]
+
+    def writer(self, slot: int) -> Writer:
+        """What a slot has written so far."""
+        return next(s.writer for s in self._slots if s.number == slot)
+
+    def step(self) -> list[Event]:
+        """One token for every row, in the order they were added."""
+        if self._state is None or self._logits is None:
+            return []
+        chosen, logprobs = self._choose(self._logits)
+        limit = self.model.language.max_positions
+        room = (self._state.positions + 1 < limit).tolist()
+        events = []
+        for index, slot in enumerate(self._slots):
+            token, logprob = int(chosen[index]), float(logprobs[index])
+            text = slot.writer.push(token, logprob, room[index])
+            events.append(Event(slot.number, token, text, logprob, slot.writer.finish_reason))
+        staying = [i for i, event in enumerate(events) if event.finish_reason is None]
+        self._keep(staying)
+        if staying:
+            self._logits = self._state.advance(chosen[staying])
+        return events
+
+    def remove(self, slot: int) -> None:
+        """Drops a row that is no longer wanted; a slot that has ended already is no error."""
+        if any(s.number == slot for s in self._slots):
+            self._keep([i for i, s in enumerate(self._slots) if s.number != slot])
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self._slots) or self._state is None or self._logits is None:
+            return
+        self._slots = [self._slots[i] for i in rows]
+        if rows:
+            index = torch.tensor(rows, device=self._logits.device)
+            self._state, self._logits = self._state.select(index), self._logits[index]
+        else:
+            self._state = self._logits = None
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, V) -> (B,) tokens and their log-probabilities under the model (before any temperature)."""
+        likely = logits.log_softmax(dim=-1)
+        allowed = likely.masked_fill(self._banned, float("-inf"))
+        chosen = allowed.argmax(dim=-1)
+        for index, slot in enumerate(self._slots):
+            if slot.random is not None:
+                chosen[index] = sample(allowed[index], slot.config, slot.random)
+        return chosen, likely.gather(1, chosen[:, None])[:, 0]
+
+
+def sample(logits: Tensor, config: GenerationConfig, random: torch.Generator) -> int:
+    """Draws from the nucleus (Holtzman et al. 2020) of (V,) logits at the config's temperature."""
+    probabilities = (logits.cpu().double() / config.temperature).softmax(dim=-1)
+    ordered, tokens = probabilities.sort(descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered[before >= config.top_p] = 0
+    return int(tokens[torch.multinomial(ordered, 1, generator=random)])
+
+
+@torch.inference_mode()
+def answer_all(model: VLM, conversations: Sequence[Conversation], config: GenerationConfig) -> list[Answer]:
+    """Answers in the order asked; prompts of like length are decoded together."""
+    from vlm.beams import beam_search
+
+    rows = [model.processor.row([model.processor.tokens(c)]) for c in conversations]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].codes))
+    answers: dict[int, Answer] = {}
+    for begin in range(0, len(order), config.batch_size):
+        part = order[begin : begin + config.batch_size]
+        started = time.perf_counter()
+        requests = []
+        for i in part:
+            pictures = pictures_of(conversations[i], rows[i])
+            requests.append(DecodeRequest(rows[i], model.encode(pictures), config))
+        encoded = time.perf_counter()
+        if config.num_beams > 1:
+            writers = beam_search(model, requests, config)
+        else:
+            writers = _decode(model, requests)
+        seconds = {"encode": encoded - started, "decode": time.perf_counter() - encoded}
+        for i, writer in zip(part, writers, strict=True):
+            answers[i] = finished(model, rows[i], writer, seconds)
+    return [answers[i] for i in range(len(rows))]
+
+
+def pictures_of(conversation: Conversation, row: Row) -> list[Picture]:
+    """The conversation's pictures in reading order."""
+    return [open_picture(conversation.images[i]) for i in row.tokens.images]
+
+
+def finished(model: VLM, row: Row, writer: Writer, seconds: dict[str, float]) -> Answer:
+    """The answer that a writer has written."""
+    ended = writer.finish_reason == "stop"
+    return Answer(
+        text=writer.text.strip(),
+        finish_reason=writer.finish_reason or "length",
+        usage=Usage(len(row.tokens), len(writer.ids) + ended, len(row.tokens.images)),
+        seconds=seconds,
+        logprob=writer.logprob,
+        adapter=model.adapter_name,
+        tokens=tuple(writer.tokens),
+    )
+
+
+def _decode(model: VLM, requests: Sequence[DecodeRequest]) -> list[Writer]:
+    batch = DecodeBatch(model)
+    writers = [batch.writer(slot) for slot in batch.add(requests)]
+    while len(batch):
+        batch.step()
+    return writers
+
+
+@torch.inference_mode()
+def stream(model: VLM, conversation: Conversation, config: GenerationConfig) -> Iterator[str]:
+    """The answer, piece by piece; beams have no pieces, so they are refused by a `ConfigError`."""
+    from vlm.errors import ConfigError
+
+    if config.num_beams > 1:
+        raise ConfigError("beam search cannot stream: set num_beams=1")
+    row = model.processor.row([model.processor.tokens(conversation)])
+    batch = DecodeBatch(model)
+    batch.add([DecodeRequest(row, model.encode(pictures_of(conversation, row)), config)])
+    while len(batch):
+        for event in batch.step():
+            if event.text:
+                yield event.text
+
+
+@torch.inference_mode()
+def score_all(
+    model: VLM, conversations: Sequence[Conversation], candidates: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Summed log-probability of each candidate and its end; a prompt's candidates share one row."""
+    scores: list[list[float]] = []
+    for conversation, texts in zip(conversations, candidates, strict=True):
+        tokens = [model.processor.tokens(conversation, text) for text in texts]
+        row = model.processor.row(tokens)
+        batch = model.processor.batch([row]).to(model.device)
+        features = model.encode(pictures_of(conversation, row))
+        hidden = model.hidden(batch, model.condition(batch, features)).flatten(0, 1)
+        used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
+        likely = model.language.logits(hidden[used]).log_softmax(dim=-1)[nodes, batch.labels]
+        sizes = [sum(t.supervised) for t in tokens]
+        scores.append([float(part.sum()) for part in likely.split(sizes)])
+    return scores
