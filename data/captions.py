@@ -18,7 +18,7 @@ NUMBERS = {
 }  # fmt: skip
 DETERMINERS = frozenset(("a", "an", "the", "his", "her", "its", "their", "some", "this"))
 CLAUSE_STARTS = frozenset(("and", "that", "who", "which", "it", "he", "she", "while"))
-# Before a word that is noun and verb, these leave it a verb ("a man and surfs"); other small words make it a noun.
+# After these, a word that is noun and verb is a verb ("a man and surfs"); after other small words a noun.
 VERB_AFTER = frozenset((",", ".", "and", "to", "who", "which", "that", "is", "are", "while", "where"))
 _TOKEN = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*|[,.;]")
 _TEE_SHIRT = re.compile(r"\b(?:tee|t) shirt")
@@ -95,10 +95,10 @@ def _modifiers(tokens: list[str], start: int, lexicon: Lexicon) -> tuple[int, tu
     table, boundary = verbs(), words("boundary")
     while at >= 0 and len(seen) < 6:
         token = tokens[at]
-        if token in ("and", ",") and 0 < at and tokens[at - 1] in lexicon.colours:
-            if tokens[at + 1] in lexicon.colours or tokens[at + 1] == "and":
-                at -= 1  # "black and white dog", "red , white and blue shirt"
-                continue
+        joins = token in ("and", ",") and at > 0 and tokens[at - 1] in lexicon.colours
+        if joins and (tokens[at + 1] in lexicon.colours or tokens[at + 1] == "and"):
+            at -= 1  # "black and white dog", "red , white and blue shirt"
+            continue
         if token in boundary or token in NUMBERS or token in table.ing or token in table.third:
             break
         colours[:0] = [lexicon.colours[part] for part in token.split("-") if part in lexicon.colours]
@@ -153,7 +153,7 @@ def _find_noun(
 
 
 def _is_modifier(tokens: list[str], end: int, many: bool, lexicon: Lexicon) -> bool:
-    """Whether the noun that ends here only describes the next one: the dog of "dog collar" need not be there."""
+    """Whether the noun that ends here only describes the next: "dog collar" needs no dog."""
     if tokens[end - 1].endswith(("'s", "'")):
         return False
     if tokens[end : end + 1] and tokens[end] in ("shaped", "costume", "print", "like", "themed"):

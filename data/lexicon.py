@@ -69,7 +69,7 @@ class Lexicon:
     mass: frozenset[str]
     """Forms that are not counted."""
     verbs_too: frozenset[str]
-    """Noun forms that are verbs as well: they name a thing only after a determiner, adjective or preposition."""
+    """Noun forms that are verbs as well: their place in the sentence tells which."""
     colours: dict[str, str]
     """Colour word -> the answer that is given for it."""
     similar: frozenset[frozenset[str]]

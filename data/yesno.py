@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from vlm.data.agents import actions as action_counts
+from vlm.data.agents import agent_of
 from vlm.data.grammar import verbs, words
 from vlm.data.lexicon import Lexicon
 from vlm.data.picture import PictureText
@@ -63,8 +65,6 @@ def with_article(thing: str, lexicon: Lexicon) -> str:
     """The thing as a question names it: "a dog", "an umbrella", "snow"."""
     if thing in lexicon.mass or thing in ("stairs",):
         return thing
-    if thing in ("forest", "beach", "ocean", "river", "street"):
-        return f"a {thing}" if thing != "ocean" else "the ocean"
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
@@ -202,7 +202,7 @@ def colours(pictures: Sequence[PictureText], thing: str) -> dict[str, tuple[list
         colour = picture.colour(thing)
         if colour is None or " and " in colour:
             continue
-        for other in sorted(set(picture.lexicon.colours.values())):
+        for other in sorted(set(picture.lexicon.colours.values()) - {"mixed"}):
             yes, no = table.setdefault(f"{verb} the {thing} {other}?", ([], []))
             words = {word for word, name in picture.lexicon.colours.items() if name == other}
             if other == colour:
@@ -226,15 +226,15 @@ def counts(pictures: Sequence[PictureText], thing: str, noun: str) -> dict[str, 
 
 
 def actions(pictures: Sequence[PictureText], kind: str) -> dict[str, tuple[list[int], list[int]]]:
-    """Question -> pictures whose people (or dogs) do that, pictures where they do something that excludes it."""
+    """Question -> pictures whose people (or dogs) do that, pictures where what they do excludes it."""
     table: dict[str, tuple[list[int], list[int]]] = {}
     rows = verbs().rows
     row_of = {name: row for row in rows for name in row}
     for index, picture in enumerate(pictures):
-        agent = picture.agent(kind)
+        agent = agent_of(picture, kind)
         if agent is None:
             continue
-        said = Counter(picture.actions(kind))
+        said = action_counts(picture, kind)
         for row in rows:
             for name in sorted(row):
                 yes, no = table.setdefault(f"{agent.verb.capitalize()} the {agent.noun} {name}?", ([], []))
@@ -249,7 +249,7 @@ def actions(pictures: Sequence[PictureText], kind: str) -> dict[str, tuple[list[
 def _does_not(
     picture: PictureText, row: frozenset[str], said: Counter[str], row_of: dict[str, frozenset[str]]
 ) -> bool:
-    """Whether at least two captions say an action of one other row, and no word of this row or a blur stands."""
+    """Whether two captions say an action of another row, and none has a word of this row or a blur."""
     blurs = verbs().blurs
     sure = [name for name, count in said.items() if count >= 2 and name in row_of and name not in row]
     return bool(sure) and not picture.said_verbs & row and not picture.said_verbs & blurs
