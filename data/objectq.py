@@ -70,7 +70,7 @@ def kind_questions(index: int, picture: PictureText) -> Iterator[Pair]:
     said: Counter[str] = Counter()
     for caption in picture.captions:
         said.update(name for name, signs in SPORTS.items() if not caption.forms.isdisjoint(signs))
-    if len(said) == 1 and "toy" not in picture.forms and "dog" not in picture.support:
+    if len(said) == 1 and not {"toy", "mask"} & picture.forms and "dog" not in picture.support:
         sport, support = said.most_common(1)[0]
         if support >= 2:
             yield Pair(index, "What sport is this?", sport, "object")

@@ -111,9 +111,11 @@ class PictureText:
         if len(known) != 1:
             return None
         number, support = next(iter(known.items()))
+        people = self.lexicon.is_kind_of(thing, "person")
         if number > 1:
-            return number if support >= 2 else None
-        vague = self.lexicon.is_kind_of(thing, "person") and not words("people_words").isdisjoint(self.forms)
+            more = people and not words("uncounted").isdisjoint(self.forms)
+            return number if support >= 2 and not more else None
+        vague = people and not words("people_words").isdisjoint(self.forms)
         return 1 if support >= 3 and not self.has_plural(thing) and not vague else None
 
     def is_single(self, thing: str) -> bool:
