@@ -19,14 +19,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from vlm.config import GenerationConfig
-from vlm.errors import VLMError
 from vlm.serve.errors import APIError, overloaded
 from vlm.serve.metrics import Metrics
 from vlm.serve.pictures import Question
 from vlm.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from vlm.generation import DecodeBatch, Event
+    from vlm.generation import DecodeBatch, Event, Writer
     from vlm.model import VLM
 
 logger = logging.getLogger("vlm.serve")
@@ -115,7 +114,7 @@ class Engine:
         self._metrics = metrics
         self._make_batch = make_batch
         self._waiting: deque[Ticket] = deque()
-        self._running: dict[int, Ticket] = {}
+        self._running: dict[int, tuple[Ticket, Writer]] = {}
         self._wake = threading.Condition()
         self._admitted = 0
         self._stopping = False
@@ -185,9 +184,8 @@ class Engine:
                     # One bad request must not end the service for all: whoever was in the batch gets a 500,
                     # a fresh batch takes its place. Frames alone are logged; messages may quote a prompt.
                     logger.exception("a decoding step failed")
-                    self._fail_all(APIError(500, "The model failed to answer; the error is logged."))
+                    self._fail_all(_failed())
                     batch = self._make_batch(self.model)
-        self._waiting.extend(self._running.values())
         self._fail_all(APIError(503, "The server is stopping."))
 
     def _wait_for_work(self) -> bool:
@@ -207,7 +205,7 @@ class Engine:
         """Take out who has gone and who is late."""
         now = time.monotonic()
         late = APIError(504, "The answer was not ready before the server's deadline.")
-        for slot, ticket in list(self._running.items()):
+        for slot, (ticket, _) in list(self._running.items()):
             if ticket.cancelled or now > ticket.deadline:
                 batch.remove(slot)
                 del self._running[slot]
@@ -220,35 +218,41 @@ class Engine:
             self._end(ticket, "cancelled" if ticket.cancelled else "deadline", late)
 
     def _join(self, batch: DecodeBatch) -> None:
+        """Let the next ones in; their prompts are read together."""
+        with self._wake:
+            free = min(_JOINING, self.settings.slots - len(self._running), len(self._waiting))
+            tickets = [self._waiting.popleft() for _ in range(free)]
+        if tickets:
+            self._read(batch, tickets)
+
+    def _read(self, batch: DecodeBatch, tickets: Sequence[Ticket]) -> None:
         from vlm.generation import DecodeRequest
 
-        for _ in range(_JOINING):
-            with self._wake:
-                if len(self._running) >= self.settings.slots or not self._waiting:
-                    return
-                ticket = self._waiting.popleft()
-            try:
-                slot = batch.add(DecodeRequest(ticket.question.conversation, ticket.generation))
-            except VLMError as error:
-                # Everything a user can get wrong was checked before; what remains is ours.
-                logger.error("a checked request was refused: %s", type(error).__name__)
-                self._end(ticket, "error", APIError(500, "The model failed to read the request."))
-                continue
-            except BaseException:
-                self._end(ticket, "error", APIError(500, "The model failed to answer; the error is logged."))
-                raise
-            self._running[slot] = ticket
+        requests = [DecodeRequest(t.question.row, t.question.features, t.generation) for t in tickets]
+        try:
+            slots = batch.add(requests)
+        except Exception:
+            # Reading failed before the batch changed, so only those who join are concerned; alone, the
+            # others among them may still be read.
+            logger.exception("reading %d prompts failed", len(tickets))
+            for ticket in tickets if len(tickets) > 1 else ():
+                self._read(batch, [ticket])
+            if len(tickets) == 1:
+                self._end(tickets[0], "error", _failed())
+            return
+        for slot, ticket in zip(slots, tickets, strict=True):
+            self._running[slot] = ticket, batch.writer(slot)
             self._metrics.tokens.labels("prompt").inc(ticket.question.prompt_tokens)
 
     def _hand_over(self, event: Event) -> None:
-        ticket = self._running.get(event.slot)
-        if ticket is None:
-            return
+        ticket, writer = self._running[event.slot]
         if not ticket.started:
             ticket.started = True
             self._metrics.first_token.observe(time.monotonic() - ticket.created)
         self._metrics.tokens.labels("completion").inc()
-        piece = Piece(event.text_delta, event.token, event.logprob, event.finish_reason)
+        ended = event.token == self.model.language.frame.end
+        token = "" if ended else writer.tokens[-1].text
+        piece = Piece(event.text, token, event.logprob, event.finish_reason)
         if event.finish_reason:
             del self._running[event.slot]
             self._end(ticket, event.finish_reason, piece)
@@ -261,10 +265,14 @@ class Engine:
 
     def _fail_all(self, error: APIError) -> None:
         with self._wake:
-            tickets = list(self._running.values())
+            tickets = [ticket for ticket, _ in self._running.values()]
             self._running.clear()
             if self._stopping:
                 tickets += self._waiting
                 self._waiting.clear()
         for ticket in tickets:
             self._end(ticket, "error", error)
+
+
+def _failed() -> APIError:
+    return APIError(500, "The model failed to answer; the error is logged.")

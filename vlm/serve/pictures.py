@@ -1,7 +1,7 @@
-"""From a request's messages to a conversation whose pictures are opened, encoded and small.
+"""From a request's messages to what the engine decodes: a row of tokens and its pictures' features.
 
-At most `workers` decoded pictures exist at a time: each is resized to the encoder's square at once (which is
-what the encoder would do with it, so nothing changes) and its features go into the memory cache.
+At most `workers` decoded pictures exist at a time: each is encoded at once, alone (so that its features do
+not depend on who else is there), and forgotten; the memory cache keeps features only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
@@ -30,9 +30,11 @@ from vlm.serve.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from vlm.features import FeatureCache
     from vlm.model import VLM
+    from vlm.processor import Row
 
 T = TypeVar("T")
 _DATA = re.compile(r"data:(?:[a-z]+/[a-z0-9.+-]+)?(?:;[a-z0-9-]+=[a-z0-9.-]+)*;base64,", re.IGNORECASE)
@@ -81,10 +83,15 @@ class MemoryCache:
 
 @dataclass(frozen=True)
 class Question:
-    """What the engine is asked: a conversation with small pictures, and the tokens it takes."""
+    """What the engine is asked: a prompt's row and its pictures' features, (I, N, D_v)."""
 
-    conversation: Conversation
-    prompt_tokens: int
+    row: Row
+    features: Tensor
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.row.tokens)
 
 
 class Desk:
@@ -103,11 +110,11 @@ class Desk:
         Raises:
             APIError: 400 for anything in the messages that cannot be used.
         """
-        outline, urls = self._outline(messages)
-        pictures = await self._each(urls, self._small)
-        conversation = Conversation(tuple(pictures), outline)
-        tokens = await self.run(lambda: self._count(conversation))
-        return Question(conversation, tokens)
+        turns, urls = self._outline(messages)
+        # Words first: a conversation that is too long is refused before any picture is opened.
+        row = await self.run(lambda: self._row(Conversation(tuple(b"" for _ in urls), turns)))
+        encoded = await self._each(urls, lambda picture: self._model.encode([picture]))
+        return Question(row, await self.run(lambda: self._stacked(encoded)))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -166,22 +173,22 @@ class Desk:
         except ImageError as error:
             raise _bad_image(str(error)) from None
 
-    def _small(self, picture: Picture) -> Picture:
-        """The picture as the encoder sees it, with its features kept."""
-        side = self._model.encoder.config.size
-        small = replace(picture, pixels=picture.pixels.resize((side, side), Image.Resampling.BICUBIC))
-        self._model.features([small])
-        return small
+    def _stacked(self, encoded: Sequence[Tensor]) -> Tensor:
+        import torch
 
-    def _count(self, conversation: Conversation) -> int:
+        return torch.cat(list(encoded)) if encoded else self._model.encode([])
+
+    def _row(self, conversation: Conversation) -> Row:
         try:
-            count = len(self._model.processor.tokens(conversation))
+            tokens = self._model.processor.tokens(conversation)
         except DataError as error:
             raise _bad(str(error), "context_length_exceeded") from None
-        if count >= self._settings.context:
-            message = f"The conversation has {count} tokens; this server reads {self._settings.context}."
+        if len(tokens) >= self._settings.context:
+            message = (
+                f"The conversation has {len(tokens)} tokens; this server reads {self._settings.context}."
+            )
             raise _bad(message, "context_length_exceeded")
-        return count
+        return self._model.processor.row([tokens])
 
 
 def _bad(message: str, code: str = "invalid_value") -> APIError:
