@@ -1,1 +1,36 @@
-"""One short file per benchmark."""
+"""The benchmarks by name. A task's file is imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from vlm.errors import ConfigError
+from vlm.eval.task import Task
+
+_MODULES = {
+    "flickr8k": "flickr8k",
+    "flickr8k-yesno": "flickr8k_questions",
+    "flickr8k-questions": "flickr8k_questions",
+    "easy-vqa": "easy_vqa",
+    "daquar": "daquar",
+    "daquar-random": "daquar",
+    "folder-vqa": "folder",
+    "folder-caption": "folder",
+}
+TASKS = tuple(_MODULES)
+
+
+def get(name: str) -> Task:
+    """The task of a name ("easy_vqa" and "Easy-VQA" are "easy-vqa").
+
+    Raises:
+        ConfigError: there is no such task; the nearest name is given.
+    """
+    plain = name.lower().replace("_", "-")
+    if plain not in _MODULES:
+        near = difflib.get_close_matches(plain, TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`vlm eval --list` shows them all"
+        raise ConfigError(f"there is no task {name!r}; {hint}")
+    tasks: tuple[Task, ...] = importlib.import_module(f"vlm.eval.tasks.{_MODULES[plain]}").TASKS
+    return next(task for task in tasks if task.name == plain)

@@ -1,0 +1,52 @@
+"""`vlm eval score`: anyone's answers, scored by the official rules, without a model or pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm.eval import report, tasks
+from vlm.eval.main import add_data
+from vlm.eval.predictions import read_predictions
+from vlm.eval.scorers import caption_scores
+from vlm.options import make_parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs `vlm eval score TASK --data DIR --predictions FILE --out REPORT.json`."""
+    parser = make_parser("vlm eval score", "Score a file of answers.")
+    parser.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}")
+    parser.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="the answers")
+    add_data(parser)
+    args = parser.parse_args(argv)
+    task = tasks.get(args.task)
+    examples = task.examples(args.data, args.split, pictures=False)
+    answers = read_predictions(args.predictions, task, examples)
+    if task.score is caption_scores:
+        scores = caption_scores(examples, answers, java=not args.no_java)
+    else:
+        scores = task.score(examples, answers)
+    out = args.out or args.predictions.with_suffix(".report.json")
+    report.write_items(report.siblings(out, "items"), examples, answers, scores)
+    block = {
+        "version": report.VERSION,
+        "task": task.name,
+        "split": args.split or task.split,
+        "n": len(examples),
+        "comparable": True,
+        "main_metric": scores.main,
+        **report.scores_block(scores),
+        "rates": report.rates(answers),
+        "controls": {},
+        "hashes": {"data": report.data_hash(examples), "scorer": report.scorer_hash()},
+        "published": [vars(figure) for figure in task.published],
+        "predictions": str(args.predictions),
+    }
+    report.write_json(out, block)
+    if not args.no_html:
+        from vlm.eval.page import write_page
+
+        write_page(out)
+    from vlm.eval.session import show
+
+    show(block, out)
+    return 0

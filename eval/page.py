@@ -1,0 +1,212 @@
+"""The report as one HTML file that needs nothing else: pictures are inside it, curves are inline SVG."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.eval import report
+from vlm.images import ImageError, open_picture
+
+SHOWN = 12  # items at each end
+THUMBNAIL = 224  # pixels, the longer side
+
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--bar:#3b7dd8;--soft:#9aa5b1}
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
+h1{margin:0 0 .3rem}h2{margin:2.2rem 0 .6rem}.note{opacity:.8}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
+td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.items{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem;padding:0}
+.items li{list-style:none;border:1px solid var(--line);border-radius:.5rem;padding:.6rem}
+.items li{overflow-wrap:anywhere}
+.items img{width:100%;height:auto;border-radius:.3rem}.items p{margin:.3rem 0}.warn{color:#b3261e;font-weight:600}
+svg{max-width:30rem;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:currentColor}
+code{overflow-wrap:anywhere}pre{white-space:pre-wrap;border:1px solid var(--line);padding:.6rem;border-radius:.5rem}
+"""
+
+
+def write_page(path: Path) -> Path:
+    """Writes REPORT.html beside REPORT.json and returns its path."""
+    found, items = report.read_report(path), report.read_items(path)
+    page = path.with_suffix(".html")
+    page.write_text(render(found, items), encoding="utf-8")
+    return page
+
+
+def render(found: dict[str, Any], items: Sequence[dict[str, Any]]) -> str:
+    """The page of a report and its items."""
+    title = f"{found['task']}, {found['split']}"
+    main = found["main_metric"]
+    warning = "" if found["comparable"] else _tag("p", "A limited run: not comparable.", "warn")
+    parts = [
+        f"<h1>{_safe(title)}</h1>",
+        _tag("p", f"{found['n']} examples. Scores are percentages with 95 % bootstrap intervals.", "note"),
+        warning,
+        "<h2>Scores</h2>",
+        _scores(found),
+        _controls(found, main),
+        _breakdown(found, main),
+        _calibration(found.get("calibration")),
+        _items(items, main),
+        _how(found),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_safe(title)}</title><style>{_STYLE}</style></head>\n<body><main>"
+        + "\n".join(part for part in parts if part)
+        + "</main></body></html>\n"
+    )
+
+
+def _safe(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _tag(name: str, text: Any, kind: str = "") -> str:
+    return f'<{name} class="{kind}">{_safe(text)}</{name}>' if kind else f"<{name}>{_safe(text)}</{name}>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Numbers stand right; everything is escaped."""
+    top = "".join(f'<th scope="col">{_safe(cell)}</th>' for cell in head)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="n">{cell:.2f}</td>' if isinstance(cell, float) else f"<td>{_safe(cell)}</td>"
+            for cell in row
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    return f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
+
+
+def _scores(found: dict[str, Any]) -> str:
+    published: dict[str, list[str]] = {}
+    for figure in found["published"]:
+        published.setdefault(figure["metric"], []).append(f"{figure['value']:g} ({figure['source']})")
+    rows = [
+        (name, float(value), _ends(found["intervals"].get(name)), "; ".join(published.get(name, ())))
+        for name, value in found["metrics"].items()
+    ]
+    rows += [(name, "-", "", f"not computed: {why}") for name, why in found["skipped"].items()]
+    rows += [(f"{name} answers, %", float(value), "", "") for name, value in found["rates"].items()]
+    return _table(("metric", "score", "95 %", "published"), rows)
+
+
+def _controls(found: dict[str, Any], main: str) -> str:
+    if not found["controls"]:
+        return ""
+    rows: list[tuple[Any, ...]] = [("the model", float(found["metrics"][main]), "")]
+    for name, block in found["controls"].items():
+        value = (block["metrics"] or {}).get(main)
+        rows.append((name, "-" if value is None else float(value), block.get("reason", "")))
+    bars = [(str(name), value) for name, value, _ in rows if isinstance(value, float)]
+    best = found.get("text_only")
+    note = f"Best without looking: {best['value']:.2f} ({best['control']})." if best else ""
+    return f"<h2>Without looking</h2><p>{_safe(note)}</p>{_bars(bars)}" + _table(
+        ("control", main, "why not"), rows
+    )
+
+
+def _bars(bars: Sequence[tuple[str, float]]) -> str:
+    top = max([value for _, value in bars] + [1.0])
+    rows = []
+    for number, (name, value) in enumerate(bars):
+        y, width = 24 * number, 240 * max(value, 0.0) / top
+        colour = "var(--bar)" if number == 0 else "var(--soft)"
+        rows.append(
+            f'<text x="0" y="{y + 15}">{_safe(name)}</text><rect x="90" y="{y + 3}" width="{width:.1f}" '
+            f'height="16" rx="2" fill="{colour}"/><text x="{96 + width:.1f}" y="{y + 15}">{value:.1f}</text>'
+        )
+    return f'<svg viewBox="0 0 400 {24 * len(bars)}" role="img" aria-label="the model and its controls">{"".join(rows)}</svg>'
+
+
+def _breakdown(found: dict[str, Any], main: str) -> str:
+    rows = [
+        (kind, float(row["n"]), float(row[main])) for kind, row in found["breakdown"].items() if main in row
+    ]
+    return "<h2>By kind</h2>" + _table(("kind", "examples", main), rows) if rows else ""
+
+
+def _calibration(curves: dict[str, Any] | None) -> str:
+    if not curves:
+        return ""
+    return (
+        "<h2>Does it know when it knows?</h2><p>Left: score against the answer's probability per token, in ten equal "
+        "groups. Right: score of the surest share of the answers.</p>"
+        + _curve(curves["curve"], "probability per token, %", "calibration")
+        + _curve(curves["risk"], "share answered, %", "score of the surest answers")
+    )
+
+
+def _curve(points: Sequence[Sequence[float]], label: str, name: str) -> str:
+    top = max(100.0, max(y for _, y in points))
+    dots = [(40 + 2.2 * x, 170 - 150 * y / top) for x, y in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
+    circles = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--bar)"/>' for x, y in dots)
+    return (
+        f'<svg viewBox="0 0 290 205" role="img" aria-label="{_safe(name)}">'
+        '<path d="M40 20V170H265" fill="none" stroke="currentColor" stroke-opacity=".5"/>'
+        f'<polyline points="{line}" fill="none" stroke="var(--bar)" stroke-width="2"/>{circles}'
+        f'<text x="4" y="24">{top:.0f}</text><text x="22" y="174">0</text><text x="40" y="186">0</text>'
+        f'<text x="248" y="186">100</text><text x="40" y="201">{_safe(label)}</text></svg>'
+    )
+
+
+def _items(items: Sequence[dict[str, Any]], main: str) -> str:
+    ranked = [row for row in items if row["scores"].get(main) is not None]
+    ranked.sort(key=lambda row: (row["scores"][main], row["id"]))
+    worst = ranked[: min(SHOWN, len(ranked) // 2)]
+    best = ranked[::-1][: min(SHOWN, len(ranked) - len(worst))]
+    parts = []
+    for name, rows in (("Worst", worst), ("Best", best)):
+        if rows:
+            cards = "".join(_card(row, main) for row in rows)
+            parts.append(f'<h2>{name} by {_safe(main)}</h2><ul class="items">{cards}</ul>')
+    return "".join(parts)
+
+
+def _card(row: dict[str, Any], main: str) -> str:
+    picture = "".join(map(_thumbnail, row["images"]))
+    references = " · ".join(dict.fromkeys(row["references"][:5]))
+    return (
+        f"<li>{picture}<p><b>{_safe(row['question'])}</b></p><p>{_safe(row['answer']) or '<i>nothing</i>'} "
+        f'({row["scores"][main]:.0f})</p><p class="note">{_safe(references)}</p></li>'
+    )
+
+
+def _thumbnail(source: str) -> str:
+    """The picture as an inline JPEG; nothing where it is not on this machine."""
+    if not Path(source).is_file():
+        return ""
+    try:
+        pixels = open_picture(source).pixels.copy()
+    except ImageError:
+        return ""
+    pixels.thumbnail((THUMBNAIL, THUMBNAIL))
+    stored = io.BytesIO()
+    pixels.save(stored, "JPEG", quality=80)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stored.getvalue()).decode()}">'
+
+
+def _how(found: dict[str, Any]) -> str:
+    rows = [(name, value) for name, value in found["hashes"].items()]
+    decoding = ", ".join(f"{k} {v}" for k, v in found.get("decoding", {}).items() if v is not None)
+    parts = ["<h2>How it was made</h2>"]
+    if "prompt" in found:
+        parts.append(f"<p>The first prompt:</p><pre>{_safe(found['prompt'])}</pre>")
+    if decoding:
+        parts.append(_tag("p", f"Decoding: {decoding}. Adapter: {found.get('adapter')}."))
+    return "".join(parts) + _table(("SHA-256 of", "value"), rows)

@@ -1,0 +1,174 @@
+"""Answers on disk: the append-only file of a run, and the official results formats of the challenges."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.data.convert.common import read_text
+from vlm.data.example import Example
+from vlm.errors import ConfigError, DataError
+from vlm.eval.task import Task, official_id
+
+ID_KEYS = ("question_id", "questionId", "image_id", "image", "id", "pid", "key")
+ANSWER_KEYS = ("answer", "caption", "prediction", "text", "direct_answer", "multiple_choice")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer of a run. `logprob` is natural, of the whole answer with its end; `tokens` their number."""
+
+    id: str
+    text: str
+    logprob: float
+    tokens: int
+    finish: str
+
+
+class AnswerFile:
+    """A run's answers as JSON lines: a header that names the run, then one line for each answer.
+
+    A process that is killed loses at most the line it was writing; starting again continues after the last
+    whole one.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path, self.header = path, dict(header)
+
+    def load(self) -> dict[str, Prediction]:
+        """The answers that are there already, by id; makes the file if there is none.
+
+        Raises:
+            ConfigError: the file holds another run's answers; the first difference is named.
+            DataError: a line in the middle cannot be read.
+        """
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write([json.dumps({"run": self.header}, sort_keys=True)], "w")
+            return {}
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            self.path.write_bytes(whole)  # the line that a kill cut short
+        rows = _json_lines(whole.decode("utf-8"), self.path)
+        if not rows:
+            self.path.unlink()
+            return self.load()
+        self._same_run(rows[0].get("run", {}))
+        return {row["id"]: Prediction(**row) for row in rows[1:]}
+
+    def _same_run(self, there: Mapping[str, Any]) -> None:
+        wanted = json.loads(json.dumps(self.header))
+        for key in sorted({*wanted, *there}):
+            if wanted.get(key) != there.get(key):
+                raise ConfigError(
+                    f"{self.path} holds the answers of another run ({key} was {there.get(key)!r}, is "
+                    f"{wanted.get(key)!r}); give another --out, or --restart to drop them"
+                )
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Adds answers and sees them on the disk before it returns."""
+        self._write([json.dumps(asdict(each), ensure_ascii=False) for each in predictions], "a")
+
+    def _write(self, lines: Sequence[str], mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: an object is expected")
+            rows.append(row)
+    return rows
+
+
+def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> list[str]:
+    """Anyone's answers to a task, in the order of its examples.
+
+    Taken: the official JSON list of objects (`question_id` and `answer`, `image_id` and `caption`, ...), a
+    JSON object id -> answer, JSON lines of the same objects (a run's own file too), a CSV with such columns,
+    and for `.txt` one answer a line in the order of the examples.
+
+    Raises:
+        DataError: unreadable; an id twice, unknown or without answer.
+    """
+    if path.suffix == ".txt":
+        lines = read_text(path).splitlines()
+        if len(lines) != len(examples):
+            raise DataError(f"{path} has {len(lines)} lines for {len(examples)} examples of {task.name}")
+        return [line.strip() for line in lines]
+    answers: dict[str, str] = {}
+    for id, text in _pairs(path, task):
+        if id in answers:
+            raise DataError(f"{path}: the id {id} stands twice")
+        answers[id] = text
+    known = {official_id(example) for example in examples} | {example.id for example in examples}
+    if strange := [id for id in answers if id not in known]:
+        raise DataError(f"{path}: {len(strange)} ids are not in {task.name}, the first is {strange[0]}")
+    found = [answers.get(official_id(example), answers.get(example.id)) for example in examples]
+    if missing := [e.id for e, answer in zip(examples, found, strict=True) if answer is None]:
+        raise DataError(
+            f"{path}: {len(missing)} of {len(examples)} examples have no answer, the first is {missing[0]}"
+        )
+    return [answer for answer in found if answer is not None]
+
+
+def _pairs(path: Path, task: Task) -> list[tuple[str, str]]:
+    text = read_text(path)
+    if path.suffix == ".csv":
+        import csv
+        import io
+
+        return [_pair(row, path, task) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        if path.suffix != ".jsonl":
+            raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
+        found = [row for row in _json_lines(text, path) if "run" not in row]
+    if isinstance(found, dict):
+        found = found.get("results", found)  # ScienceQA wraps its answers
+        return [(str(id), _said(answer, path)) for id, answer in found.items()]
+    if not isinstance(found, list):
+        raise DataError(f"{path}: a list of answers or an object of them is expected")
+    return [_pair(row, path, task) for row in found]
+
+
+def _pair(row: Any, path: Path, task: Task) -> tuple[str, str]:
+    if isinstance(row, dict):
+        id = next((row[key] for key in (task.id_key, *ID_KEYS) if key in row), None)
+        said = next((row[key] for key in (task.answer_key, *ANSWER_KEYS) if key in row), None)
+        if id is not None and said is not None:
+            return str(id), _said(said, path)
+    raise DataError(
+        f"{path}: entries with {task.id_key!r} and {task.answer_key!r} are expected, got {str(row)[:80]!r}"
+    )
+
+
+def _said(answer: Any, path: Path) -> str:
+    if isinstance(answer, dict):
+        answer = next((answer[key] for key in ANSWER_KEYS if key in answer), None)
+    if not isinstance(answer, str | int | float):
+        raise DataError(f"{path}: an answer must be text, got {str(answer)[:80]!r}")
+    return str(answer)
+
+
+def export(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """The answers in the challenge's results format: ids are numbers where the benchmark's are."""
+    return [
+        {task.id_key: int(key) if key.isdigit() else key, task.answer_key: answer}
+        for key, answer in zip(map(official_id, examples), answers, strict=True)
+    ]

@@ -1,0 +1,171 @@
+"""The report of a run: one JSON file, the items beside it as JSON lines, and a page for people.
+
+REPORT.json            scores, intervals, controls, hashes, decoding
+REPORT.items.jsonl     id, question, references, answer and scores of every item
+REPORT.answers.jsonl   the run's raw answers (and REPORT.answers.CONTROL.jsonl)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.data.convert.common import read_text
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.eval.predictions import Prediction
+from vlm.eval.task import Scores, official_id, question
+
+VERSION = 1
+
+
+def siblings(report: Path, kind: str) -> Path:
+    """REPORT.json -> REPORT.`kind`.jsonl beside it."""
+    return report.with_name(f"{report.stem}.{kind}.jsonl")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all; NaN becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        # 12 digits: sums in another order differ in the last ones, reports should not.
+        return None if math.isnan(value) else round(value, 12)
+    return value
+
+
+def scores_block(scores: Scores) -> dict[str, Any]:
+    """A report's part about one list of answers."""
+    return {
+        "metrics": scores.metrics,
+        "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
+        "breakdown": scores.breakdown,
+        "skipped": scores.skipped,
+    }
+
+
+def rates(answers: Sequence[str], finishes: Sequence[str] = ()) -> dict[str, float]:
+    """Percent of empty answers, and of answers that the length limit cut."""
+    found = {"empty": 100 * sum(not answer.strip() for answer in answers) / len(answers)}
+    if finishes:
+        found["cut"] = 100 * sum(finish == "length" for finish in finishes) / len(finishes)
+    return found
+
+
+def write_items(
+    path: Path,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    scores: Scores,
+    logprobs: Sequence[float] = (),
+) -> None:
+    """One line for every item, in the examples' order."""
+    lines = []
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        row: dict[str, Any] = {
+            "id": example.id,
+            "key": official_id(example),
+            "images": [str(image) for image in example.images],
+            "question": question(example),
+            "references": list(example.answers),
+            "answer": answer,
+            "scores": {name: float(values[number]) for name, values in scores.per_item.items()},
+        }
+        if logprobs:
+            row["logprob"] = logprobs[number]
+        lines.append(json.dumps(_plain(row), ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def calibration(
+    scores: np.ndarray | None, answers: Sequence[Prediction], bins: int = 10
+) -> dict[str, Any] | None:
+    """Do likely answers score higher? From each answer's probability per token, geometric mean.
+
+    Returns:
+        `curve`: equal-sized bins of items from unsure to sure, [confidence, score] in percent; `risk`: the
+        mean score of the surest share of items, [share, score] in percent; None where there is no score.
+    """
+    if scores is None or len(answers) < bins:
+        return None
+    sure = np.array([math.exp(a.logprob / max(1, a.tokens)) for a in answers])
+    kept = ~np.isnan(scores)
+    order = np.argsort(sure[kept], kind="stable")
+    sure, scores = 100 * sure[kept][order], scores[kept][order]
+    parts = np.array_split(np.arange(len(sure)), bins)
+    curve = [[float(sure[part].mean()), float(scores[part].mean())] for part in parts if len(part)]
+    shares = [round(len(sure) * share / bins) for share in range(1, bins + 1)]
+    risk = [
+        [100.0 * share / bins, float(scores[-count:].mean())]
+        for share, count in enumerate(shares, 1)
+        if count
+    ]
+    return {"curve": _rounded(curve), "risk": _rounded(risk)}
+
+
+def _rounded(rows: list[list[float]]) -> list[list[float]]:
+    return [[round(value, 2) for value in row] for row in rows]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `vlm eval` wrote.
+
+    Raises:
+        DataError: it is missing, not JSON or no report.
+    """
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
+    if not isinstance(found, dict) or "metrics" not in found or "task" not in found:
+        raise DataError(f"{path} is no report of vlm eval")
+    return found
+
+
+def read_items(report: Path) -> list[dict[str, Any]]:
+    """The items beside a report.
+
+    Raises:
+        DataError: they are missing.
+    """
+    path = siblings(report, "items")
+    return [json.loads(line) for line in read_text(path).splitlines() if line]
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts, in order, each ended."""
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return total.hexdigest()
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """Of ids, questions and references: what was asked and what counts as right."""
+    return digest(
+        part for example in examples for part in (example.id, question(example), *example.answers, "")
+    )
+
+
+def scorer_hash() -> str:
+    """Of the source of everything that turns answers into scores."""
+    here = Path(__file__).parent
+    files = [here / "scorers.py", here / "stats.py", *sorted((here / "metrics").glob("*.py"))]
+    return digest(path.read_text(encoding="utf-8") for path in files)

@@ -1,0 +1,145 @@
+"""From examples and answers to `Scores`: captions, and means of item scores with a breakdown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.eval import stats
+from vlm.eval.metrics import answers as short
+from vlm.eval.metrics.captions import bleu, score_captions
+from vlm.eval.metrics.vqa import vqa_accuracy
+from vlm.eval.metrics.wups import wups
+from vlm.eval.task import Scorer, Scores
+
+ItemScore = Callable[[str, Example], float]
+BREAKDOWN_LIMIT = 40  # a subset for every one of a thousand question types would hide the few that matter
+
+
+def caption_scores(examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
+    """CIDEr first, then BLEU-1 to BLEU-4, ROUGE-L, and METEOR and SPICE where they can be had."""
+    found = score_captions(answers, [example.answers for example in examples], java=java)
+    intervals = {name: stats.interval(values) for name, values in found.per_item.items()}
+    tails = stats.corpus_interval(found.bleu_counts, bleu)
+    intervals |= {f"bleu_{n + 1}": (float(low), float(high)) for n, (low, high) in enumerate(tails)}
+    per_item = found.per_item | {"bleu_4": bleu(found.bleu_counts)[:, 3]}
+    return Scores(found.metrics, intervals, per_item, {}, found.skipped)
+
+
+def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_type",)) -> Scorer:
+    """A scorer of means over items.
+
+    Args:
+        metrics: name -> score of one answer, 0 to 1; NaN leaves the item out. The first is the main metric.
+        by: keys of an example's `meta` by whose values the main metric is broken down.
+    """
+
+    def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
+        per_item = {
+            name: np.array(
+                [100 * of(answer, example) for answer, example in zip(answers, examples, strict=True)]
+            )
+            for name, of in metrics.items()
+        }
+        means, intervals = {}, {}
+        for name, values in per_item.items():
+            counted = values[~np.isnan(values)]
+            if len(counted):
+                means[name] = float(counted.mean())
+                intervals[name] = stats.interval(counted)
+        return Scores(means, intervals, per_item, _breakdown(examples, per_item, by))
+
+    return score
+
+
+def _breakdown(
+    examples: Sequence[Example], per_item: dict[str, np.ndarray], by: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = {}
+    for key in by:
+        kinds = [str(example.meta[key]) if key in example.meta else "" for example in examples]
+        for kind, count in Counter(kind for kind in kinds if kind).most_common(BREAKDOWN_LIMIT):
+            chosen = np.array([each == kind for each in kinds])
+            row: dict[str, float] = {"n": count}
+            for name, values in per_item.items():
+                counted = values[chosen & ~np.isnan(values)]
+                if len(counted):
+                    row[name] = float(counted.mean())
+            table[f"{key}={kind}"] = row
+    return table
+
+
+def exact(answer: str, example: Example) -> float:
+    """1 for a reference's own words."""
+    return short.exact_match(answer, example.answers)
+
+
+def strict(answer: str, example: Example) -> float:
+    """The official VQA accuracy."""
+    return vqa_accuracy(answer, example.answers)
+
+
+def normalised(answer: str, example: Example) -> float:
+    """VQA accuracy with references and answer always normalised."""
+    return vqa_accuracy(answer, example.answers, strict=False)
+
+
+def single(answer: str, example: Example) -> float:
+    """Exact match on questions with one reference answer; others are left out (NaN)."""
+    return exact(answer, example) if example.meta["answer_count"] == 1 else float("nan")
+
+
+def soft(threshold: float) -> ItemScore:
+    """WUPS of comma-separated answers; -1 compares sets of words for equality."""
+    return lambda answer, example: wups(answer.lower().rstrip("."), example.answers[0].lower(), threshold)
+
+
+def options(example: Example) -> list[str]:
+    """The choices of a multiple-choice example.
+
+    Raises:
+        DataError: it has none.
+    """
+    try:
+        found = json.loads(example.meta["options"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise DataError(f"{example.id} has no choices") from None
+    return [str(option) for option in found]
+
+
+def choice(answer: str, example: Example) -> float:
+    """1 where the answer is read as the right choice."""
+    listed = options(example)
+    read = short.read_choice(answer, listed)
+    return float(read is not None and listed[read] in example.answers)
+
+
+exact_scores = item_scores({"exact_match": exact})
+vqa_scores = item_scores(
+    {"accuracy_strict": strict, "accuracy_normalised": normalised}, by=("answer_type", "question_type")
+)
+choice_scores = item_scores({"accuracy": choice})
+daquar_scores = item_scores(
+    {"accuracy_single": single, "accuracy_all": soft(-1), "wups_0.9": soft(0.9), "wups_0.0": soft(0.0)},
+    by=("answer_count", "question_type"),
+)
+
+
+def uniform_chance(examples: Sequence[Example]) -> float:
+    """Percent of guessing uniformly among all answers that are right anywhere in the split."""
+    return 100 / len({answer for example in examples for answer in example.answers})
+
+
+def choice_chance(examples: Sequence[Example]) -> float:
+    """Percent of guessing uniformly among each example's own choices."""
+    return 100 * float(np.mean([1 / len(options(example)) for example in examples]))
+
+
+def half(examples: Sequence[Example]) -> float:
+    """Percent of guessing yes or no."""
+    return 50.0

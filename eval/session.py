@@ -1,0 +1,274 @@
+"""One evaluation from options to report: examples, prompts, answers, controls, scores, files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.conversation import Conversation
+from vlm.data.example import Example
+from vlm.errors import DataError, VLMError
+from vlm.eval import controls, prompts, report, runner, tasks
+from vlm.eval.predictions import Prediction, export
+from vlm.eval.scorers import caption_scores, options
+from vlm.eval.task import Scores, Task
+from vlm.options import apply_common
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `vlm eval TASK`; prints the scores and writes the report.
+
+    Raises:
+        VLMError: anything that stops the run.
+    """
+    task = tasks.get(args.task)
+    out = args.out or Path("runs") / f"{task.name}.json"
+    examples = limited(task.examples(args.data, args.split), args.limit)
+    apply_common(args)
+    model = _model(args)
+    started = time.monotonic()
+    session = Session(task, args, model, out, examples)
+    block = session.evaluate()
+    block["seconds"] = {"total": round(time.monotonic() - started, 1)}
+    if runner.rank_and_world()[0]:
+        return 0
+    report.write_json(out, block)
+    if not args.no_html:
+        from vlm.eval.page import write_page
+
+        write_page(out)
+    show(block, out)
+    return 0
+
+
+def limited(examples: list[Example], limit: int | None) -> list[Example]:
+    """`limit` examples chosen by a hash of their ids, in their own order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    chosen = sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())[:limit]
+    kept = {example.id for example in chosen}
+    return [example for example in examples if example.id in kept]
+
+
+def _model(args: argparse.Namespace) -> VLM:
+    from vlm.model import VLM
+    from vlm.weights_cache import cache_root
+
+    return VLM.from_pretrained(
+        args.adapter,
+        device=args.device,
+        dtype=args.dtype,
+        offline=args.offline,
+        allow_different_frozen=args.allow_different_frozen,
+        feature_cache=args.feature_cache or cache_root() / "features",
+    )
+
+
+def say(text: str) -> None:
+    """A line for the person who waits, on stderr, from the first process only."""
+    if runner.rank_and_world()[0] == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Session:
+    """A model on a task: the run itself and its controls."""
+
+    def __init__(
+        self, task: Task, args: argparse.Namespace, model: VLM, out: Path, examples: list[Example]
+    ) -> None:
+        self.task, self.args, self.model, self.out, self.examples = task, args, model, out, examples
+        self.generation = self._generation()
+        self._train: list[Example] | VLMError | None = None
+
+    def _generation(self) -> dict[str, Any]:
+        chosen = dict(self.task.generation) | {"batch_size": self.args.batch_size}
+        if self.args.beams:
+            chosen["num_beams"] = self.args.beams
+        if self.args.max_new_tokens:
+            chosen["max_new_tokens"] = self.args.max_new_tokens
+        return chosen
+
+    @property
+    def likelihood(self) -> bool:
+        """Whether answers are chosen by likelihood rather than written."""
+        return self.task.choices and self.args.choices == "likelihood"
+
+    def train(self) -> list[Example]:
+        """The training split.
+
+        Raises:
+            VLMError: the task or the folder has none; the message is the reason that a report gives.
+        """
+        if self._train is None:
+            try:
+                if self.task.train is None:
+                    raise DataError("the task has no training split")
+                self._train = self.task.examples(
+                    self.args.data, self.task.train, pictures=self.args.shots > 0
+                )
+            except VLMError as error:
+                self._train = error
+        if isinstance(self._train, VLMError):
+            raise self._train
+        return self._train
+
+    def evaluate(self) -> dict[str, Any]:
+        """Answers, scores and controls, as the report's JSON."""
+        conversations = self._conversations()
+        decoding = {k: v for k, v in sorted(self.generation.items()) if k != "batch_size"}
+        decoding["choices"] = self.args.choices if self.task.choices else None
+        words = ["\n".join(turn.role + ": " + turn.text for turn in each.turns) for each in conversations]
+        hashes = dict(self.model.hashes) | {
+            "data": report.data_hash(self.examples),
+            "prompt": report.digest(words),
+            "scorer": report.scorer_hash(),
+        }
+        header = {"task": self.task.name, "decoding": decoding, "hashes": hashes | {"scorer": None}}
+        answers = self._answers(conversations, header, None)
+        if runner.rank_and_world()[0]:
+            for name in controls.RUNS if self.args.controls == "all" else ():
+                self._control(name, conversations, header)
+            return {}
+        texts = [answer.text for answer in answers]
+        scores = self._score(texts)
+        report.write_items(
+            report.siblings(self.out, "items"), self.examples, texts, scores, [a.logprob for a in answers]
+        )
+        if self.args.submission:
+            report.write_json(self.args.submission, export(self.task, self.examples, texts))
+        block: dict[str, Any] = {
+            "version": report.VERSION,
+            "task": self.task.name,
+            "split": self.args.split or self.task.split,
+            "n": len(self.examples),
+            "comparable": self.args.limit is None,
+            "limit": self.args.limit,
+            "adapter": str(self.model.adapter_name),
+            "main_metric": scores.main,
+            **report.scores_block(scores),
+            "rates": report.rates(texts, [] if self.likelihood else [a.finish for a in answers]),
+            "controls": self._controls(conversations, header, scores.main),
+            "decoding": decoding,
+            "prompt": words[0],
+            "shots": {"k": self.args.shots, "labels": self.args.shot_labels, "choice": self.args.shot_choice}
+            if self.args.shots
+            else None,
+            "hashes": hashes,
+            "published": [vars(figure) for figure in self.task.published],
+            "predictions": report.siblings(self.out, "answers").name,
+        }
+        block["text_only"] = text_only(block["controls"], scores.main)
+        block["calibration"] = report.calibration(scores.per_item.get(scores.main), answers)
+        if self.args.train_data:
+            from vlm.eval.contamination import overlap
+
+            block["contamination"] = overlap(self, self.args.train_data, texts)
+        return block
+
+    def _score(self, texts: Sequence[str]) -> Scores:
+        if self.task.score is caption_scores:
+            return caption_scores(self.examples, texts, java=not self.args.no_java)
+        return self.task.score(self.examples, texts)
+
+    def _conversations(self) -> list[Conversation]:
+        if self.task.choices and not self.likelihood:
+            base: list[Conversation] = [prompts.with_options(example) for example in self.examples]
+        else:
+            base = [Conversation(e.images, e.turns) for e in self.examples]
+        if not self.args.shots:
+            return base
+        return prompts.with_shots(self, base, self.train())
+
+    def _answers(
+        self, conversations: Sequence[Conversation], header: Mapping[str, Any], control: str | None
+    ) -> list[Prediction]:
+        path = report.siblings(self.out, f"answers.{control}" if control else "answers")
+        if self.args.restart:
+            for old in (path, *path.parent.glob(f"{path.stem}.*of*.jsonl")):
+                old.unlink(missing_ok=True)
+        work = runner.Work(
+            [example.id for example in self.examples],
+            conversations,
+            self.generation,
+            {**header, "control": control},
+            [options(example) for example in self.examples] if self.likelihood else None,
+        )
+        title = f"{self.task.name} {control or ''}".strip()
+        return runner.answer_all(self.model, work, path, title, say)
+
+    def _control(
+        self, name: str, conversations: Sequence[Conversation], header: Mapping[str, Any]
+    ) -> list[str]:
+        changed = controls.run(name, conversations, self.model.blank_image)
+        return [answer.text for answer in self._answers(changed, header, name)]
+
+    def _controls(
+        self, conversations: Sequence[Conversation], header: Mapping[str, Any], main: str
+    ) -> dict[str, Any]:
+        if self.args.controls == "none":
+            return {}
+        table: dict[str, Any] = {}
+        for name in controls.RUNS:
+            texts = self._control(name, conversations, header)
+            table[name] = self._without_java(texts)
+        try:
+            table["prior"] = self._without_java(controls.prior(self.train(), self.examples))
+        except VLMError as error:
+            table["prior"] = {"metrics": None, "reason": str(error)}
+        guess = self.task.chance(self.examples)
+        table["chance"] = (
+            {"metrics": None, "reason": "guessing has no score in this task"}
+            if guess is None
+            else {"metrics": {main: guess}}
+        )
+        return table
+
+    def _without_java(self, texts: Sequence[str]) -> dict[str, Any]:
+        """A control's scores; METEOR would take half a minute and says nothing that CIDEr does not."""
+        if self.task.score is caption_scores:
+            scores = caption_scores(self.examples, texts, java=False)
+        else:
+            scores = self.task.score(self.examples, texts)
+        block = report.scores_block(scores)
+        return {"metrics": block["metrics"], "intervals": block["intervals"], "rates": report.rates(texts)}
+
+
+def text_only(table: Mapping[str, Any], main: str) -> dict[str, Any] | None:
+    """The best that the model gets without looking, in the main metric; None where no control ran."""
+    found = {
+        name: table[name]["metrics"][main]
+        for name in controls.TEXT_ONLY
+        if table.get(name, {}).get("metrics") and main in table[name]["metrics"]
+    }
+    if not found:
+        return None
+    best = max(found, key=found.__getitem__)
+    return {"metric": main, "value": found[best], "control": best}
+
+
+def show(block: Mapping[str, Any], out: Path) -> None:
+    """The scores, in a few lines."""
+    n, split = block["n"], block["split"]
+    note = "" if block["comparable"] else f" (limited to {n}: not comparable with published figures)"
+    print(f"{block['task']}, {split}, {n} examples{note}")
+    for name, value in block["metrics"].items():
+        ends = block["intervals"].get(name)
+        print(f"  {name:<20} {value:7.2f}" + (f"   95 % {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""))
+    main = block["main_metric"]
+    for name, control in block["controls"].items():
+        value = (control["metrics"] or {}).get(main)
+        said = f"{value:7.2f}" if value is not None else f"      -   {control.get('reason', '')}"
+        print(f"  {name + ' (control)':<20} {said}")
+    for name, why in block["skipped"].items():
+        print(f"  {name:<20}       -   {why}")
+    empty = block["rates"]["empty"]
+    print(f"  empty answers        {empty:7.2f} %")
+    print(f"report: {out}")

@@ -1,0 +1,120 @@
+"""What a benchmark is: where its examples come from, how an answer is scored, what guessing gets.
+
+Tasks stand in `vlm/eval/tasks`, one short file each; everything that runs them speaks only of `Task`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.data.example import Example
+from vlm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer makes of answers; every score is a percentage (CIDEr times 100).
+
+    Attributes:
+        metrics: by name, the main one first.
+        intervals: 95 % bootstrap intervals of those that have one.
+        per_item: (n,) scores of single items, NaN where an item does not count; for comparing runs.
+        breakdown: subset -> {"n": items, metric: score}.
+        skipped: metric -> why it is not here.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_item: dict[str, np.ndarray]
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def main(self) -> str:
+        """The name of the main metric."""
+        return next(iter(self.metrics))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure from the literature, and where it stands."""
+
+    metric: str
+    value: float
+    source: str
+
+
+Reader = Callable[[Path | None, str, bool], list[Example]]
+Scorer = Callable[[Sequence[Example], Sequence[str]], Scores]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark.
+
+    Attributes:
+        read: (folder or None, split, whether the pictures must be there) -> examples. An example's id is
+            unique in its split; its last part, or `meta["key"]`, is the id in the official results format.
+        score: examples and their answers, in the same order -> scores.
+        split: the split that is meant when none is named; `splits` all of them.
+        train: the split for the question-only prior and for shots; None where there is none.
+        chance: score of guessing, in the main metric, in percent; None where it means nothing.
+        generation: fields of `GenerationConfig` that this task decodes with.
+        choices: multiple choice: `meta["options"]` is a JSON list of strings; answered by likelihood unless
+            asked otherwise.
+        answer_key: the name of the answer in the official results format, next to `id_key`.
+    """
+
+    name: str
+    about: str
+    read: Reader
+    score: Scorer
+    split: str
+    splits: tuple[str, ...]
+    train: str | None = "train"
+    chance: Callable[[Sequence[Example]], float | None] = lambda examples: None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    choices: bool = False
+    published: tuple[Published, ...] = ()
+    id_key: str = "question_id"
+    answer_key: str = "answer"
+    data_optional: bool = False
+
+    def examples(
+        self, root: Path | None, split: str | None = None, *, pictures: bool = True
+    ) -> list[Example]:
+        """The examples of a split, checked.
+
+        Raises:
+            ConfigError: a split that this task does not have.
+            DataError: nothing to read, or two examples with one id.
+        """
+        chosen = split or self.split
+        if chosen not in self.splits:
+            raise ConfigError(f"{self.name} has no split {chosen!r}; it has {', '.join(self.splits)}")
+        if root is None and not self.data_optional:
+            raise DataError(f"say where the data of {self.name} lie: --data FOLDER")
+        found = self.read(root, chosen, pictures)
+        if not found:
+            raise DataError(f"{self.name} has no examples in split {chosen} of {root}")
+        seen: set[str] = set()
+        for example in found:
+            if example.id in seen:
+                raise DataError(f"{self.name}, split {chosen}: the id {example.id} stands twice")
+            seen.add(example.id)
+        return found
+
+
+def official_id(example: Example) -> str:
+    """The id that the official results format of its benchmark knows the example by."""
+    return str(example.meta.get("key") or example.id.rpartition("/")[2])
+
+
+def question(example: Example) -> str:
+    """The words of the question: the last user turn."""
+    return example.turns[-1].text

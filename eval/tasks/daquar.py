@@ -1,0 +1,85 @@
+"""DAQUAR: questions about rooms (Malinowski and Fritz, NIPS 2014), with WUPS.
+
+`daquar` is the official split; `daquar-random` is the random one that later papers use by mistake or habit
+(rows of data_train.csv and data_eval.csv: question, answer, image_id): its scores are not comparable, as
+pictures stand on both sides.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from vlm.data.convert import daquar
+from vlm.data.convert.common import first_existing, make_example, picture_files, read_text
+from vlm.data.example import Example
+from vlm.data.sources import read_dataset
+from vlm.errors import DataError
+from vlm.eval.scorers import daquar_scores, uniform_chance
+from vlm.eval.task import Published, Task
+
+
+def _example(image: str | Path, question: str, answers: list[str], id: str) -> Example:
+    meta = {"question_type": daquar.question_type(question), "answer_count": len(answers)}
+    return make_example(image, question, [", ".join(answers)], id, meta)
+
+
+def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """One example per question of the official split."""
+    assert root is not None
+    if pictures or split in ("dev", "train-rest"):
+        return read_dataset("daquar", root, split)
+    folder = root / "daquar" if (root / "daquar").is_dir() else root
+    pairs = daquar.read_pairs(first_existing(folder, [daquar.QA_FILES.format(part=split)], "questions"))
+    return [
+        _example(image, question, answers, f"daquar/{split}/{index}")
+        for index, (image, question, answers) in enumerate(pairs)
+    ]
+
+
+def read_random(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """One example per row of the random split."""
+    assert root is not None
+    path = root / f"data_{'train' if split == 'train' else 'eval'}.csv"
+    images = picture_files(first_existing(root, daquar.IMAGE_FOLDERS, "picture folder")) if pictures else {}
+    found = []
+    for index, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
+        try:
+            question, answers, image = row["question"], daquar.clean_answers(row["answer"]), row["image_id"]
+        except (KeyError, AttributeError):
+            raise DataError(f"{path}, row {index + 2}: columns question, answer, image_id expected") from None
+        if pictures and image not in images:
+            raise DataError(f"{path}, row {index + 2}: picture {image} is missing")
+        found.append(_example(images.get(image, image), question, answers, f"daquar-random/{split}/{index}"))
+    return found
+
+
+TASKS = (
+    Task(
+        name="daquar",
+        about="objects, colours and numbers in rooms, official split",
+        read=read,
+        score=daquar_scores,
+        split="dev",
+        splits=("train", "train-rest", "dev", "test"),
+        chance=uniform_chance,
+        generation={"max_new_tokens": 16},
+        published=(
+            Published("accuracy_single", 21.7, "Malinowski et al. 2015, Ask Your Neurons, test"),
+            Published("accuracy_single", 23.4, "Ma et al. 2016, IMG-CNN, test"),
+            Published("accuracy_single", 29.3, "Yang et al. 2016, SAN, test"),
+            Published("accuracy_all", 50.2, "people, Malinowski and Fritz 2014, test"),
+        ),
+    ),
+    Task(
+        name="daquar-random",
+        about="the random split of later papers, not comparable with the official one",
+        read=read_random,
+        score=daquar_scores,
+        split="test",
+        splits=("train", "test"),
+        chance=uniform_chance,
+        generation={"max_new_tokens": 16},
+    ),
+)
