@@ -7,7 +7,6 @@ from pathlib import Path
 from vlm.eval import report, tasks
 from vlm.eval.main import add_data
 from vlm.eval.predictions import read_predictions
-from vlm.eval.scorers import caption_scores
 from vlm.options import make_parser
 
 
@@ -21,10 +20,7 @@ def main(argv: list[str]) -> int:
     task = tasks.get(args.task)
     examples = task.examples(args.data, args.split, pictures=False)
     answers = read_predictions(args.predictions, task, examples)
-    if task.score is caption_scores:
-        scores = caption_scores(examples, answers, java=not args.no_java)
-    else:
-        scores = task.score(examples, answers)
+    scores = task.scores(examples, answers, java=not args.no_java)
     out = args.out or args.predictions.with_suffix(".report.json")
     report.write_items(report.siblings(out, "items"), examples, answers, scores)
     block = {

@@ -25,9 +25,11 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .items{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem;padding:0}
 .items li{list-style:none;border:1px solid var(--line);border-radius:.5rem;padding:.6rem}
 .items li{overflow-wrap:anywhere}
-.items img{width:100%;height:auto;border-radius:.3rem}.items p{margin:.3rem 0}.warn{color:#b3261e;font-weight:600}
+.items img{width:100%;height:auto;border-radius:.3rem}.items p{margin:.3rem 0}
+.warn{color:#b3261e;font-weight:600}
 svg{max-width:30rem;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:currentColor}
-code{overflow-wrap:anywhere}pre{white-space:pre-wrap;border:1px solid var(--line);padding:.6rem;border-radius:.5rem}
+.pair{display:flex;flex-wrap:wrap;gap:1rem}.pair svg{flex:1 1 16rem}td{overflow-wrap:anywhere}
+pre{white-space:pre-wrap;border:1px solid var(--line);padding:.6rem;border-radius:.5rem}
 """
 
 
@@ -130,7 +132,8 @@ def _bars(bars: Sequence[tuple[str, float]]) -> str:
             f'<text x="0" y="{y + 15}">{_safe(name)}</text><rect x="90" y="{y + 3}" width="{width:.1f}" '
             f'height="16" rx="2" fill="{colour}"/><text x="{96 + width:.1f}" y="{y + 15}">{value:.1f}</text>'
         )
-    return f'<svg viewBox="0 0 400 {24 * len(bars)}" role="img" aria-label="the model and its controls">{"".join(rows)}</svg>'
+    name = 'role="img" aria-label="the model and its controls"'
+    return f'<svg viewBox="0 0 400 {24 * len(bars)}" {name}>{"".join(rows)}</svg>'
 
 
 def _breakdown(found: dict[str, Any], main: str) -> str:
@@ -144,10 +147,11 @@ def _calibration(curves: dict[str, Any] | None) -> str:
     if not curves:
         return ""
     return (
-        "<h2>Does it know when it knows?</h2><p>Left: score against the answer's probability per token, in ten equal "
-        "groups. Right: score of the surest share of the answers.</p>"
+        "<h2>Does it know when it knows?</h2><p>First: score against the answer's probability per token, "
+        'in ten equal groups. Second: score of the surest share of the answers.</p><div class="pair">'
         + _curve(curves["curve"], "probability per token, %", "calibration")
         + _curve(curves["risk"], "share answered, %", "score of the surest answers")
+        + "</div>"
     )
 
 

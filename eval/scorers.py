@@ -52,14 +52,15 @@ def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_ty
             if len(counted):
                 means[name] = float(counted.mean())
                 intervals[name] = stats.interval(counted)
-        return Scores(means, intervals, per_item, _breakdown(examples, per_item, by))
+        return Scores(means, intervals, per_item, breakdown(examples, per_item, by))
 
     return score
 
 
-def _breakdown(
+def breakdown(
     examples: Sequence[Example], per_item: dict[str, np.ndarray], by: Sequence[str]
 ) -> dict[str, dict[str, float]]:
+    """Means by the values of `meta` keys: "question_type=count" -> {"n": 12, metric: mean}."""
     table: dict[str, dict[str, float]] = {}
     for key in by:
         kinds = [str(example.meta[key]) if key in example.meta else "" for example in examples]
@@ -115,6 +116,8 @@ def options(example: Example) -> list[str]:
 def choice(answer: str, example: Example) -> float:
     """1 where the answer is read as the right choice."""
     listed = options(example)
+    if answer.isdigit() and answer not in listed:  # the number of the choice, as ScienceQA's results have it
+        return float(int(answer) < len(listed) and listed[int(answer)] in example.answers)
     read = short.read_choice(answer, listed)
     return float(read is not None and listed[read] in example.answers)
 

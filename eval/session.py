@@ -15,7 +15,7 @@ from vlm.data.example import Example
 from vlm.errors import DataError, VLMError
 from vlm.eval import controls, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export
-from vlm.eval.scorers import caption_scores, options
+from vlm.eval.scorers import options
 from vlm.eval.task import Scores, Task
 from vlm.options import apply_common
 
@@ -174,9 +174,7 @@ class Session:
         return block
 
     def _score(self, texts: Sequence[str]) -> Scores:
-        if self.task.score is caption_scores:
-            return caption_scores(self.examples, texts, java=not self.args.no_java)
-        return self.task.score(self.examples, texts)
+        return self.task.scores(self.examples, texts, java=not self.args.no_java)
 
     def _conversations(self) -> list[Conversation]:
         if self.task.choices and not self.likelihood:
@@ -233,10 +231,7 @@ class Session:
 
     def _without_java(self, texts: Sequence[str]) -> dict[str, Any]:
         """A control's scores; METEOR would take half a minute and says nothing that CIDEr does not."""
-        if self.task.score is caption_scores:
-            scores = caption_scores(self.examples, texts, java=False)
-        else:
-            scores = self.task.score(self.examples, texts)
+        scores = self.task.scores(self.examples, texts, java=False)
         block = report.scores_block(scores)
         return {"metrics": block["metrics"], "intervals": block["intervals"], "rates": report.rates(texts)}
 

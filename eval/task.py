@@ -50,7 +50,7 @@ class Published:
 
 
 Reader = Callable[[Path | None, str, bool], list[Example]]
-Scorer = Callable[[Sequence[Example], Sequence[str]], Scores]
+Scorer = Callable[..., Scores]  # (examples, answers), and java= for captions
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Task:
         generation: fields of `GenerationConfig` that this task decodes with.
         choices: multiple choice: `meta["options"]` is a JSON list of strings; answered by likelihood unless
             asked otherwise.
+        captions: `score` takes `java=False`, which leaves METEOR and SPICE out.
         answer_key: the name of the answer in the official results format, next to `id_key`.
+        data_optional: an installed package carries the data.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Task:
     generation: Mapping[str, Any] = field(default_factory=dict)
     choices: bool = False
     published: tuple[Published, ...] = ()
+    captions: bool = False
     id_key: str = "question_id"
     answer_key: str = "answer"
     data_optional: bool = False
@@ -108,6 +111,12 @@ class Task:
                 raise DataError(f"{self.name}, split {chosen}: the id {example.id} stands twice")
             seen.add(example.id)
         return found
+
+    def scores(self, examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
+        """What `answers`, in the examples' order, are worth."""
+        if self.captions:
+            return self.score(examples, answers, java=java)
+        return self.score(examples, answers)
 
 
 def official_id(example: Example) -> str:

@@ -36,6 +36,7 @@ TASKS = (
         about="captions of photographs, 5 references",
         read=read,
         score=caption_scores,
+        captions=True,
         split="dev",
         splits=("train", "dev", "test"),
         generation={"num_beams": BEAMS, "max_new_tokens": 32},

@@ -113,6 +113,7 @@ TASKS = (
         about="your own captions: metadata.csv or .jsonl beside the pictures",
         read=read_captions,
         score=caption_scores,
+        captions=True,
         split="test",
         splits=("train", "dev", "test", "all"),
         generation={"num_beams": 3, "max_new_tokens": 32},

@@ -1,0 +1,73 @@
+"""A-OKVQA: knowledge and common sense, as direct answers and as four choices (Schwenk et al. 2022)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlm.data.convert.common import make_example
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.eval.metrics.answers import direct_answer
+from vlm.eval.scorers import choice_chance, choice_scores, item_scores
+from vlm.eval.task import Published, Task
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, coco_names, field, load
+
+
+def _read(root: Path | None, split: str, pictures: bool, choices: bool) -> list[Example]:
+    part = "val" if split == "dev" else split
+    path, rows = load(root, [f"aokvqa_v1p0_{part}.json", f"aokvqa/aokvqa_v1p0_{part}.json"], "A-OKVQA file")
+    find = Pictures(root, COCO_FOLDERS, pictures)
+    examples = []
+    for row in rows:
+        id, listed = str(field(row, "question_id", path)), field(row, "choices", path)
+        right = field(row, "correct_choice_idx", path)
+        if not isinstance(right, int) or not 0 <= right < len(listed):
+            raise DataError(f"{path}: question {id} has no right choice ({right!r} of {len(listed)})")
+        answers = [listed[right]] if choices else field(row, "direct_answers", path)
+        meta = {"key": id, "options": json.dumps(listed)}
+        image = find(*coco_names(field(row, "image_id", path), part))
+        examples.append(make_example(image, str(field(row, "question", path)), answers, id, meta))
+    return examples
+
+
+def read_direct(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """Direct answers."""
+    return _read(root, split, pictures, False)
+
+
+def read_choices(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """Four choices."""
+    return _read(root, split, pictures, True)
+
+
+def _direct(answer: str, example: Example) -> float:
+    return direct_answer(answer, example.answers)
+
+
+TASKS = (
+    Task(
+        name="aokvqa",
+        about="knowledge and common sense, direct answers",
+        read=read_direct,
+        score=item_scores({"accuracy": _direct}),
+        split="dev",
+        splits=("train", "dev"),
+        generation={"max_new_tokens": 12},
+        answer_key="direct_answer",
+        published=(Published("accuracy", 48.6, "GPV-2, Schwenk et al. 2022, val"),),
+    ),
+    Task(
+        name="aokvqa-choice",
+        about="knowledge and common sense, 4 choices",
+        read=read_choices,
+        score=choice_scores,
+        split="dev",
+        splits=("train", "dev"),
+        chance=choice_chance,
+        choices=True,
+        generation={"max_new_tokens": 12},
+        answer_key="multiple_choice",
+        published=(Published("accuracy", 60.3, "GPV-2, Schwenk et al. 2022, val"),),
+    ),
+)

@@ -1,0 +1,167 @@
+"""What the readers of official layouts share: JSON that must be there and be right, pictures, VQA's pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.config import CAPTION_PROMPT
+from vlm.data.convert.common import first_existing, make_example, read_text
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.eval.scorers import caption_scores
+from vlm.eval.task import Task
+
+COCO_FOLDERS = ("", "images", "val2014", "train2014", "test2015", "val2017", "train2017", "test2017")
+CAPTION_DECODING = {"num_beams": 3, "max_new_tokens": 32}
+
+
+def load(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, Any]:
+    """The first of the files that exists, and its JSON.
+
+    Raises:
+        DataError: none exists, or it is no JSON; the line is named.
+    """
+    assert root is not None
+    path = first_existing(root, names, what)
+    text = read_text(path)
+    try:
+        return path, json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
+
+
+def json_lines(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, list[Any]]:
+    """The first of the files that exists, one JSON value a line (or one list).
+
+    Raises:
+        DataError: none exists, or a line is no JSON.
+    """
+    assert root is not None
+    path = first_existing(root, names, what)
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
+    return path, rows
+
+
+def field(row: Any, name: str, path: Path) -> Any:
+    """`row[name]`.
+
+    Raises:
+        DataError: the entry has no such field.
+    """
+    if not isinstance(row, dict) or name not in row:
+        raise DataError(f"{path}: an entry has no {name!r}: {str(row)[:80]}")
+    return row[name]
+
+
+def known(kind: Any, kinds: Sequence[str], id: Any, path: Path) -> str:
+    """`kind`, if it is one of `kinds`.
+
+    Raises:
+        DataError: it is not.
+    """
+    if kind not in kinds:
+        raise DataError(
+            f"{path}: question {id} has the unknown answer type {kind!r}; known: {', '.join(kinds)}"
+        )
+    return str(kind)
+
+
+class Pictures:
+    """Finds a picture below a root in the folders where people keep it."""
+
+    def __init__(self, root: Path | None, folders: Iterable[str], needed: bool) -> None:
+        assert root is not None
+        self.root, self.needed = root, needed
+        self.folders = [root / name for name in dict.fromkeys(folders) if (root / name).is_dir()]
+
+    def __call__(self, *names: str) -> Path:
+        """The path of the picture under the first of its names that is there.
+
+        Raises:
+            DataError: none is, and pictures are needed.
+        """
+        if not self.needed:
+            return Path(names[0])
+        for folder in self.folders:
+            for name in names:
+                if (folder / name).is_file():
+                    return folder / name
+        raise DataError(f"the picture {names[0]} is missing below {self.root}")
+
+
+def coco_names(image_id: int | str, part: str) -> tuple[str, ...]:
+    """The file names of a COCO picture: of 2014 and of 2017."""
+    number = f"{int(image_id):012d}.jpg"
+    return (f"COCO_{part}2014_{number}", number, f"COCO_test2015_{number}")
+
+
+def vqa_pairs(
+    root: Path | None, pictures: bool, questions: Sequence[str], annotations: Sequence[str], part: str
+) -> list[Example]:
+    """The examples of an official VQA pair of files: questions, and ten answers each.
+
+    Raises:
+        DataError: a question without annotation, an unknown answer type, a missing picture.
+    """
+    question_path, asked = load(root, questions, "question file")
+    path, said = load(root, annotations, "annotation file")
+    find = Pictures(root, COCO_FOLDERS, pictures)
+    by_id: dict[Any, Any] = {}
+    for row in field(said, "annotations", path):
+        id = field(row, "question_id", path)
+        if id in by_id:
+            raise DataError(f"{path}: question {id} is annotated twice")
+        by_id[id] = row
+    examples = []
+    for row in field(asked, "questions", question_path):
+        id = field(row, "question_id", question_path)
+        if id not in by_id:
+            raise DataError(f"{path} has no annotation for question {id}")
+        note = by_id[id]
+        meta = {
+            "key": str(id),
+            "question_type": str(note.get("question_type", "")),
+            "answer_type": known(note.get("answer_type", "other"), ("yes/no", "number", "other"), id, path),
+        }
+        answers = [str(field(each, "answer", path)) for each in field(note, "answers", path)]
+        image = find(*coco_names(field(row, "image_id", question_path), part))
+        examples.append(
+            make_example(image, str(field(row, "question", question_path)), answers, str(id), meta)
+        )
+    return examples
+
+
+def karpathy(
+    root: Path | None, split: str, pictures: bool, name: str, folders: Sequence[str]
+) -> list[Example]:
+    """The captioning examples of one of Karpathy's splits ("dev" is its "val").
+
+    Raises:
+        DataError: the file or a picture is missing, an entry lacks a field.
+    """
+    path, found = load(root, [name, f"annotations/{name}", f"karpathy/{name}"], "Karpathy's split")
+    find = Pictures(root, folders, pictures)
+    wanted = {"dev": ("val",), "train": ("train", "restval"), "test": ("test",)}[split]
+    examples = []
+    for row in field(found, "images", path):
+        if field(row, "split", path) in wanted:
+            file = str(field(row, "filename", path))
+            texts = [str(field(each, "raw", path)).strip() for each in field(row, "sentences", path)]
+            key = str(row.get("cocoid", file))
+            places = (f"{row['filepath']}/{file}", file) if row.get("filepath") else (file,)
+            examples.append(make_example(find(*places), CAPTION_PROMPT, texts, key, {"key": key}))
+    return examples
+
+
+def caption_task(name: str, about: str, **rest: Any) -> Task:
+    """A captioning task with the usual decoding and the official results format."""
+    usual: dict[str, Any] = {"score": caption_scores, "captions": True, "generation": CAPTION_DECODING}
+    return Task(name=name, about=about, id_key="image_id", answer_key="caption", **(usual | rest))

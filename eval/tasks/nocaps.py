@@ -1,0 +1,58 @@
+"""NoCaps: captions of objects that COCO's captions do not have (Agrawal et al. 2019), by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vlm.config import CAPTION_PROMPT
+from vlm.data.convert.common import make_example
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.eval.scorers import breakdown, caption_scores
+from vlm.eval.task import Published, Scores
+from vlm.eval.tasks.layouts import Pictures, caption_task, field, load
+
+DOMAINS = ("in-domain", "near-domain", "out-domain")
+
+
+def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """The official file of the validation part, and its pictures."""
+    path, found = load(root, ["nocaps_val_4500_captions.json", "nocaps_val.json"], "NoCaps file")
+    find = Pictures(root, ("val", "images", "validation", ""), pictures)
+    captions: dict[object, list[str]] = {}
+    for row in field(found, "annotations", path):
+        captions.setdefault(field(row, "image_id", path), []).append(str(field(row, "caption", path)))
+    examples = []
+    for row in field(found, "images", path):
+        id = field(row, "id", path)
+        if id not in captions:
+            raise DataError(f"{path}: picture {id} has no caption")
+        meta = {"key": str(id), "domain": str(row.get("domain", ""))}
+        image = find(str(field(row, "file_name", path)))
+        examples.append(make_example(image, CAPTION_PROMPT, captions[id], str(id), meta))
+    return examples
+
+
+def score(examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
+    """Caption scores, CIDEr by domain too (with the whole set's document frequencies)."""
+    found = caption_scores(examples, answers, java=java)
+    return replace(found, breakdown=breakdown(examples, found.per_item, ("domain",)))
+
+
+TASKS = (
+    caption_task(
+        "nocaps",
+        "captions of novel objects, by domain",
+        read=read,
+        score=score,
+        split="dev",
+        splits=("dev",),
+        train=None,
+        published=(
+            Published("cider", 65.8, "ClipCap, Mokady et al. 2021, val"),
+            Published("cider", 121.6, "BLIP-2, val"),
+        ),
+    ),
+)

@@ -1,0 +1,35 @@
+"""OK-VQA: questions that need outside knowledge (Marino et al. 2019)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm.data.example import Example
+from vlm.eval.scorers import vqa_scores
+from vlm.eval.task import Published, Task
+from vlm.eval.tasks.layouts import vqa_pairs
+
+
+def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """The official questions and annotations files; its test part is COCO's val."""
+    part = "val" if split == "test" else "train"
+    questions = f"OpenEnded_mscoco_{part}2014_questions.json"
+    return vqa_pairs(root, pictures, [questions], [f"mscoco_{part}2014_annotations.json"], part)
+
+
+TASKS = (
+    Task(
+        name="okvqa",
+        about="questions that need outside knowledge, 10 answers",
+        read=read,
+        score=vqa_scores,
+        split="test",
+        splits=("train", "test"),
+        generation={"max_new_tokens": 12},
+        published=(
+            Published("accuracy_strict", 14.9, "question only, Marino et al. 2019"),
+            Published("accuracy_strict", 26.4, "MUTAN, Marino et al. 2019"),
+            Published("accuracy_strict", 50.6, "Flamingo-80B, no shots"),
+        ),
+    ),
+)

@@ -1,0 +1,60 @@
+"""POPE: is there an X in the picture? Three settings of the absent objects (Li et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vlm.data.convert.common import make_example
+from vlm.data.example import Example
+from vlm.eval.metrics.answers import pope_answer, pope_metrics
+from vlm.eval.scorers import half, item_scores
+from vlm.eval.task import Published, Scores, Task
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, field, json_lines, known
+
+SETTINGS = ("random", "popular", "adversarial")
+
+
+def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """The official JSON lines of a setting, and COCO's val2014 pictures."""
+    name = f"coco_pope_{split}.json"
+    path, rows = json_lines(root, [name, f"coco/{name}", f"output/coco/{name}"], "POPE file")
+    find = Pictures(root, COCO_FOLDERS, pictures)
+    examples = []
+    for row in rows:
+        id = str(field(row, "question_id", path))
+        label = known(field(row, "label", path), ("yes", "no"), id, path)
+        image = find(str(field(row, "image", path)))
+        examples.append(make_example(image, str(field(row, "text", path)), [label], id))
+    return examples
+
+
+def _accuracy(answer: str, example: Example) -> float:
+    return float(pope_answer(answer) == example.answers[0])
+
+
+def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
+    """Accuracy first, then precision, recall, F1, the rate of yes and of unparsed answers."""
+    found = item_scores({"accuracy": _accuracy})(examples, answers)
+    return replace(found, metrics=pope_metrics(answers, [example.answers[0] for example in examples]))
+
+
+TASKS = (
+    Task(
+        name="pope",
+        about="is there an X? objects that are not there",
+        read=read,
+        score=score,
+        split="adversarial",
+        splits=SETTINGS,
+        train=None,
+        chance=half,
+        generation={"max_new_tokens": 8},
+        published=(
+            Published("f1", 89.3, "InstructBLIP, Li et al. 2023, random"),
+            Published("f1", 84.7, "InstructBLIP, Li et al. 2023, popular"),
+            Published("f1", 77.3, "InstructBLIP, Li et al. 2023, adversarial"),
+        ),
+    ),
+)

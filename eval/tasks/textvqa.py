@@ -1,0 +1,49 @@
+"""TextVQA: questions that need reading (Singh et al. 2019)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm.data.convert.common import make_example
+from vlm.data.example import Example
+from vlm.eval.metrics.answers import anls
+from vlm.eval.scorers import item_scores, normalised, strict
+from vlm.eval.task import Published, Task
+from vlm.eval.tasks.layouts import Pictures, field, load
+
+
+def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """The official file, and the pictures in train_images."""
+    part = "val" if split == "dev" else split
+    path, found = load(root, [f"TextVQA_0.5.1_{part}.json"], "TextVQA file")
+    find = Pictures(root, ("train_images", "images", "test_images", ""), pictures)
+    return [
+        make_example(
+            find(f"{field(row, 'image_id', path)}.jpg"),
+            str(field(row, "question", path)),
+            map(str, field(row, "answers", path)),
+            str(field(row, "question_id", path)),
+        )
+        for row in field(found, "data", path)
+    ]
+
+
+def _anls(answer: str, example: Example) -> float:
+    return anls(answer, example.answers)
+
+
+TASKS = (
+    Task(
+        name="textvqa",
+        about="questions that need reading, 10 answers",
+        read=read,
+        score=item_scores({"accuracy_strict": strict, "accuracy_normalised": normalised, "anls": _anls}),
+        split="dev",
+        splits=("train", "dev"),
+        generation={"max_new_tokens": 16},
+        published=(
+            Published("accuracy_strict", 26.6, "LoRRA, Singh et al. 2019, val"),
+            Published("accuracy_strict", 39.4, "M4C, Hu et al. 2020, val"),
+        ),
+    ),
+)

@@ -1,0 +1,37 @@
+"""VQA v2: open questions about COCO pictures, ten answers each (Goyal et al. 2017)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm.data.example import Example
+from vlm.eval.scorers import vqa_scores
+from vlm.eval.task import Published, Task
+from vlm.eval.tasks.layouts import vqa_pairs
+
+
+def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
+    """The official questions and annotations files, and the pictures beside them."""
+    part = "val" if split == "dev" else split
+    questions = f"v2_OpenEnded_mscoco_{part}2014_questions.json"
+    annotations = f"v2_mscoco_{part}2014_annotations.json"
+    return vqa_pairs(root, pictures, [questions], [annotations], part)
+
+
+TASKS = (
+    Task(
+        name="vqav2",
+        about="open questions about COCO pictures, 10 answers",
+        read=read,
+        score=vqa_scores,
+        split="dev",
+        splits=("train", "dev"),
+        generation={"max_new_tokens": 12},
+        published=(
+            Published("accuracy_strict", 26.0, "answering yes, Goyal et al. 2017, test"),
+            Published("accuracy_strict", 44.3, "question only, Goyal et al. 2017, test"),
+            Published("accuracy_strict", 56.3, "Flamingo-80B, no shots, test-dev"),
+            Published("accuracy_strict", 65.0, "BLIP-2 FlanT5-XXL, no shots, test-dev"),
+        ),
+    ),
+)
