@@ -97,7 +97,9 @@ class PictureText:
                 total += mention.count or 0
                 seen.add(mention.thing)
             if total == 1 and not words("void_one").isdisjoint(caption.tokens):
-                known = False  # "a dog chases another"
+                known = False  # "a dog and the other"
+            if _another_acts(caption):
+                known = False  # "three children swing while another watches"
             found.append(total if known else None)
         return found
 
@@ -159,3 +161,13 @@ class PictureText:
             if len(best) > 1 or len(other) > 1 or frozenset((*best, *other)) not in self.lexicon.similar:
                 return None
         return " and ".join(sorted(best, key=lambda colour: (colour == "white", colour)))
+
+
+def _another_acts(caption: Caption) -> bool:
+    """Whether "another" (or "others") stands alone as the one who does something."""
+    table = verbs()
+    for token, after in zip(caption.tokens, (*caption.tokens[1:], "."), strict=True):
+        acts = after in table.third or after in table.ing or after in table.base or after in words("boundary")
+        if token in ("another", "others") and acts:
+            return True
+    return False
