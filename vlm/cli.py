@@ -66,13 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 an error in one line, 2 wrong usage, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(usage(), end="", file=sys.stdout if arguments else sys.stderr)
-            return 0 if arguments else USAGE_ERROR
-        if arguments[0] in ("-V", "--version"):
-            print(f"vlm-adapters {__version__}")
-            return 0
-        code = _run(arguments[0], arguments[1:])
+        code = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe shows here, where it can still be caught
         return code
     except BrokenPipeError:
@@ -82,6 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Answer `--help` and `--version`; run anything else."""
+    if not arguments:
+        print(usage(), end="", file=sys.stderr)
+        return USAGE_ERROR
+    if arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"vlm-adapters {__version__}")
+        return 0
+    return _run(arguments[0], arguments[1:])
 
 
 def _run(name: str, arguments: list[str]) -> int:

@@ -148,8 +148,8 @@ def _read(source: str | Path, label: str, limits: Limits) -> bytes:
         raise TypeError(f"a picture is a path, bytes or a Pillow image, not {type(source).__name__}")
     if str(source).startswith(("http://", "https://")):
         raise ImageError("missing", f"{label} is a web address: download the picture first")
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             raise ImageError("missing", f"{label} is a folder, not a picture")
         if not path.exists():
@@ -158,7 +158,7 @@ def _read(source: str | Path, label: str, limits: Limits) -> bytes:
             raise ImageError("missing", f"{label} is no regular file")
         with path.open("rb") as file:
             return file.read(limits.max_bytes + 1)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RuntimeError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
         raise ImageError("missing", f"{label} cannot be read: {reason}") from problem
 

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 from vlm.errors import WeightsError
-from vlm.weights_cache import Manifest, cache_root, damage, frozen_hash, install, sha256_file
+from vlm.weights_cache import (
+    Manifest,
+    cache_root,
+    damage,
+    frozen_hash,
+    install,
+    remembered_hash,
+    sha256_file,
+)
 
 __all__ = ["PINS", "Pin", "Resolved", "frozen_hash", "pinned_path", "resolve"]
 
@@ -145,7 +153,7 @@ class Resolved:
     @property
     def frozen_hash(self) -> str:
         """Identity of the weights: stored with the verified cache, else computed from the files."""
-        return self.known_hash or hash_safetensors(self.path)
+        return self.known_hash or remembered_hash(self.path, hash_safetensors)
 
 
 def resolve(model_id: str, *, offline: bool = False) -> Resolved:
@@ -232,8 +240,13 @@ def check_source(pin: Pin, source: Path) -> None:
 
 def _local_folder(model_id: str) -> Resolved | None:
     """A folder that holds a model, or None where the id is no folder of that kind."""
-    path = Path(model_id).expanduser()
-    if not model_id or not path.is_dir():
+    try:
+        path = Path(model_id).expanduser()
+        found = bool(model_id) and path.is_dir()
+    except (OSError, RuntimeError) as problem:  # far too long; the home of nobody
+        reason = getattr(problem, "strerror", None) or problem
+        raise WeightsError(f"{model_id[:80]!r} is no folder: {reason}") from problem
+    if not found:
         if model_id.startswith(("/", "./", "../", "~")):
             raise WeightsError(f"there is no folder {model_id}.")
         return None

@@ -84,6 +84,26 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(flat.numpy().data)
 
 
+def remembered_hash(path: Path, compute: Callable[[Path], str]) -> str:
+    """`compute(path)`, noted in the cache for as long as the files' sizes and times stay the same.
+
+    Hashing takes seconds a gigabyte, and every start of a model asks for it.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    note = cache_root() / "hashes" / hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    with suppress(OSError, ValueError):
+        noted = note.read_text("ascii")
+        if len(noted) == 64:
+            return noted
+    value = compute(path)
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(note.with_suffix(f".{os.getpid()}"), value.encode())
+        os.replace(note.with_suffix(f".{os.getpid()}"), note)
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a cached folder holds. `key` names the source and the conversion that made it."""

@@ -62,6 +62,9 @@ def _timm(model_id: str, name: str, offline: bool) -> Resolved:
         if found.kind != "encoder":
             raise WeightsError(f"{folder} holds a language model, not a timm encoder.")
         return found
+    if (match := REPOSITORY.fullmatch(name)) is not None:
+        path, origin = _snapshot(model_id, match["repo"], match["revision"], ENCODER_FILES, offline)
+        return folder_model(model_id, path, origin)
     import timm
 
     architecture = name.partition(".")[0]
@@ -125,6 +128,8 @@ def _snapshot(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # The client library's own base class: which library it is depends on the version.
+    network = [k for k in HfHubHTTPError.__mro__ if issubclass(k, Exception) and k.__name__ == "HTTPError"]
     fetch = partial(
         snapshot_download, repository, revision=revision, allow_patterns=files, ignore_patterns=ELSEWHERE
     )
@@ -142,7 +147,7 @@ def _snapshot(
             ) from problem
     try:
         return Path(fetch()), "hub"
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+    except (*network, LocalEntryNotFoundError, OSError) as problem:
         reason = str(problem).strip().split("\n")[0][:200] or type(problem).__name__
         raise WeightsError(
             f"{model_id} could not be fetched from the Hugging Face hub: {reason}"

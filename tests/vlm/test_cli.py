@@ -140,14 +140,15 @@ def test_a_package_of_an_extra_that_is_missing(
         run(monkeypatch, own)
 
 
-def test_a_closed_pipe_is_no_traceback() -> None:
-    code = "import sys\nfrom vlm.cli import main\nsys.exit(main(['--help']))"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_traceback(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-m", "vlm", "--help"],
             cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,

@@ -329,9 +329,8 @@ def test_a_gif_frame_beyond_its_screen_is_measured_too() -> None:
 def test_places_that_are_no_picture(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.jpg"
     os.mkfifo(pipe)
-    for source in (
-        tmp_path / "none.jpg", tmp_path, pipe, "/dev/zero", "https://example.org/a.jpg", "a\0b", "x" * 5000,
-    ):  # fmt: skip
+    strings = ("/dev/zero", "https://example.org/a.jpg", "a\0b", "x" * 5000, "~nobody-here/a.jpg")
+    for source in (tmp_path / "none.jpg", tmp_path, pipe, *strings):
         with pytest.raises(ImageError) as caught:
             open_picture(source)
         assert caught.value.code == "missing"

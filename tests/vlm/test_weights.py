@@ -388,6 +388,9 @@ def test_several_processes_at_once_and_one_killed(cache: Path) -> None:
         ("/nowhere/at/all", "there is no folder"),
         ("org/name", "the network is off"),
         ("org/name@main", "the network is off"),
+        ("timm:org/name", "the network is off"),
+        ("x" * 5000, "is no folder"),
+        ("~nobody-here/model", "is no folder"),
         ("open_clip:ViT-B-32", "names no weights"),
         ("open_clip:ViT-B-32/missing.safetensors", "there is no file"),
     ],
@@ -452,6 +455,20 @@ def test_open_clip_files(tmp_path: Path) -> None:
         found = resolve(f"open_clip:ViT-B-32/{place}")
         assert (found.library, found.model, found.path) == ("open_clip", "ViT-B-32", file)
     assert found.frozen_hash == frozen_hash({"a": torch.ones(2)})
+
+
+def test_the_hash_of_a_folder_is_remembered_until_it_changes(cache: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    found = resolve(str(tmp_path))
+    assert found.frozen_hash == frozen_hash({"a": torch.ones(2)})
+    (note,) = (cache / "hashes").iterdir()
+    note.write_text("f" * 64)
+    assert found.frozen_hash == "f" * 64
+    note.write_text("damaged")
+    assert found.frozen_hash == frozen_hash({"a": torch.ones(2)})
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert found.frozen_hash == frozen_hash({"a": torch.zeros(2)})
 
 
 def hub_copy(root: Path, repository: str, files: dict[str, bytes]) -> Path:
