@@ -18,7 +18,7 @@ from vlm.data.example import Example
 from vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from vlm.processor import Processor, Row
+    from vlm.processor import Processor, Row, Tokens
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -129,11 +129,14 @@ def batches_from(
         epoch += 1
 
 
-def rows_of(group: Group, processor: Processor, seed: int, epoch: int) -> list[Row]:
-    """A group's rows in one epoch: one, unless the adapter reads the question with the picture."""
+def told_of(group: Group, processor: Processor, seed: int, epoch: int) -> list[tuple[Tokens, float]]:
+    """What a group tells in one epoch, as the model reads it, with its weight in the loss."""
     drawn = group.draw(seed, epoch)
-    tokens = [processor.tokens(pair.example, pair.answer) for pair in drawn]
-    weights = [pair.weight for pair in drawn]
+    return [(processor.tokens(pair.example, pair.answer), pair.weight) for pair in drawn]
+
+
+def rows_of(told: Sequence[tuple[Tokens, float]], processor: Processor) -> list[Row]:
+    """One row, unless the adapter reads the question with the picture: then one for each answer."""
     if processor.question_aware:
-        return [processor.row([t], [w]) for t, w in zip(tokens, weights, strict=True)]
-    return [processor.row(tokens, weights)]
+        return [processor.row([tokens], [weight]) for tokens, weight in told]
+    return [processor.row([tokens for tokens, _ in told], [weight for _, weight in told])]

@@ -69,6 +69,10 @@ class TrainConfig:
     """Pictures a step; everything drawn for a picture shares one row."""
     micro: int = 0
     """Pictures a forward pass; 0: the whole batch at once."""
+    objective: str = "likelihood"
+    """`likelihood`, or `cider`: besides the sources' answers, captions sampled and rewarded by CIDEr."""
+    samples: int = 5
+    """Captions sampled a picture, where the objective is `cider`."""
     flip: float = 0.5
     """Share of pictures seen mirrored (never those whose words say left or right)."""
     smoothing: float = 0.0
@@ -92,6 +96,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16"):
             raise ConfigError(f"precision {self.precision!r} is neither float32 nor bf16")
+        if self.objective not in ("likelihood", "cider"):
+            raise ConfigError(f"objective {self.objective!r} is neither likelihood nor cider")
+        if self.objective == "cider" and self.samples < 2:
+            raise ConfigError("the objective cider compares samples: samples must be at least 2")
         if self.steps < 1 or self.batch < 1 or self.micro < 0:
             raise ConfigError("steps and batch must be at least 1, micro at least 0")
 

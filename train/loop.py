@@ -23,13 +23,14 @@ from torch import Tensor
 
 from vlm.checkpoint import save_adapter
 from vlm.config import to_dict
-from vlm.data.collate import Group, batches_from, rows_of, seeded
+from vlm.data.collate import Group, batches_from, rows_of, seeded, told_of
 from vlm.errors import VLMError
 from vlm.model import VLM
 from vlm.processor import Row
 from vlm.train.config import TrainConfig
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
+from vlm.train.selfcritical import CiderReward, caption_references, rewarded
 from vlm.train.state import load_state, newest_valid, save_state
 
 BAD_STEPS = 5
@@ -51,6 +52,15 @@ class Step:
     tokens: int
     seconds: float
     numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Part:
+    """A micro-batch: its rows, their images' features, and the mean reward of its sampled captions."""
+
+    rows: list[Row]
+    features: Tensor
+    reward: float
 
 
 class Trainer:
@@ -81,6 +91,7 @@ class Trainer:
         self.bad = 0
         self.skipped = 0
         self.stopping = False
+        self.reward = CiderReward(caption_references(groups)) if config.objective == "cider" else None
 
     def resume(self) -> list[Path]:
         """Continues from the newest whole state, if there is one; returns the damaged ones passed over."""
@@ -133,7 +144,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             extra = {"step": self.step, "skipped": self.skipped, "config": _identity(self.config)}
             save_state(
-                self.out / "state", self.step, self.adapter, self.optimizer, self.average, extra, self.config.keep
+                self.out / "state",
+                self.step,
+                self.adapter,
+                self.optimizer,
+                self.average,
+                extra,
+                self.config.keep,
             )
         self.accelerator.wait_for_everyone()
 
@@ -146,34 +163,49 @@ class Trainer:
         micro = config.micro or max(1, len(mine))
         # Every process divides by the weight of the whole step, known before the first backward pass.
         parts = [self._prepare(mine[i : i + micro], epoch) for i in range(0, len(mine), micro)]
-        weight = torch.tensor(sum(sum(w for r in rows for _, _, w in r.labels) for rows, _ in parts))
+        weight = torch.tensor(sum(self._weight(row) for part in parts for row in part.rows))
         weight = self.accelerator.reduce(weight.to(self.accelerator.device), reduction="sum")
         total = torch.zeros((), device=self.accelerator.device)
         tokens = 0
-        for rows, features in parts:
-            batch = self.model.processor.batch(rows).to(self.accelerator.device)
+        for part in parts:
+            batch = self.model.processor.batch(part.rows).to(self.accelerator.device)
             tokens += batch.ids.numel()
             with self._autocast():
-                loss, _ = self.model.loss(batch, features.to(self.accelerator.device), config.smoothing)
+                loss, _ = self.model.loss(batch, part.features.to(self.accelerator.device), config.smoothing)
             (loss / weight).backward()
             total += loss.detach()
         loss_value = float(self.accelerator.reduce(total, reduction="sum") / weight)
         self._reduce_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.trainable(), config.optim.clip))
         self._update(loss_value, norm, groups)
-        return Step(0, loss_value, rate, norm, tokens, 0.0, self.adapter.statistics())
+        numbers = self.adapter.statistics()
+        if self.reward is not None:
+            numbers["reward"] = sum(part.reward for part in parts) / len(parts)
+        return Step(0, loss_value, rate, norm, tokens, 0.0, numbers)
 
-    def _prepare(self, groups: list[Group], epoch: int) -> tuple[list[Row], Tensor]:
-        config = self.config
-        rows: list[Row] = []
-        features: list[Tensor] = []
+    def _weight(self, row: Row) -> float:
+        """What a row counts in a step's mean; advantages sum to nothing, so with them it is the tokens."""
+        return sum(weight for _, _, weight in row.labels) if self.reward is None else len(row.labels)
+
+    def _prepare(self, groups: list[Group], epoch: int) -> _Part:
+        config, processor = self.config, self.model.processor
+        seen: list[Tensor] = []
         for group in groups:
             mirrored = group.mirrors and seeded(config.seed, epoch, group.id, "view").random() < config.flip
-            seen = self.store(group, "flip" if mirrored else "whole")
-            made = rows_of(group, self.model.processor, config.seed, epoch)
+            seen.append(self.store(group, "flip" if mirrored else "whole"))
+        told = [told_of(group, processor, config.seed, epoch) for group in groups]
+        reward = 0.0
+        if self.reward is not None:
+            with self._autocast():
+                sampled, reward = rewarded(self.model, self.reward, groups, torch.cat(seen), config.samples)
+            told = [one + other for one, other in zip(told, sampled, strict=True)]
+        rows: list[Row] = []
+        features: list[Tensor] = []
+        for pairs, feature in zip(told, seen, strict=True):
+            made = rows_of(pairs, processor)
             rows += made
-            features += [seen] * len(made)
-        return rows, torch.cat(features)
+            features += [feature] * len(made)
+        return _Part(rows, torch.cat(features), reward)
 
     def _autocast(self) -> Any:
         if self.config.precision == "bf16":

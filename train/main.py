@@ -15,11 +15,11 @@ from vlm.options import add_common, apply_common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vlm train", description="Train an adapter.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="vlm train", description="Train an adapter.", allow_abbrev=False)
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="data=DIR out=DIR steps=500 optim.lr=3e-4")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="data=DIR out=DIR steps=500 optim.lr=3e-4"
+    )
     parser.add_argument("--fresh", action="store_true", help="do not continue an interrupted run in out")
     add_common(parser)
     args = parser.parse_args(argv)
@@ -56,22 +56,30 @@ def train(config: Any, *, offline: bool, fresh: bool) -> None:
     """One whole run, from the recipe to the adapter in `out`."""
     import shutil
 
+    import torch
+
     from vlm.checkpoint import build_model, load_model
     from vlm.data.collate import group_by_image
     from vlm.features import FeatureCache
     from vlm.train.loop import Step, Trainer
     from vlm.train.prepare import FeatureStore, read_sources
     from vlm.weights_cache import cache_root
-    import torch
 
     out = Path(config.out)
     if fresh:
         shutil.rmtree(out / "state", ignore_errors=True)
     torch.manual_seed(config.seed)
-    model = load_model(config.start, offline=offline) if config.start else build_model(config.model, offline=offline)
+    model = (
+        load_model(config.start, offline=offline)
+        if config.start
+        else build_model(config.model, offline=offline)
+    )
     model.features.cache = FeatureCache(Path(config.feature_cache or cache_root() / "features"))
     groups = group_by_image(read_sources(config))
-    print(f"{len(groups)} pictures, {sum(map(len, (p for g in groups for p in g.by_source)))} answers", flush=True)
+    print(
+        f"{len(groups)} pictures, {sum(map(len, (p for g in groups for p in g.by_source)))} answers",
+        flush=True,
+    )
     store = FeatureStore(model.features, groups, config.flip, lambda *_: None)
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a", encoding="utf-8")

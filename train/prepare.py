@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlm.config import CAPTION_PROMPT
-from vlm.data.collate import Group, Source, group_by_image
+from vlm.data.collate import Group, Source
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
 from vlm.data.text import normalise_caption

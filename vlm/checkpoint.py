@@ -65,7 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise WeightsError(f"{path} is not of format {FORMAT}: install the version of vlm-adapters that made it")
+        raise WeightsError(
+            f"{path} is not of format {FORMAT}: install the version of vlm-adapters that made it"
+        )
     return values
 
 

@@ -1,10 +1,10 @@
 """Decoding: greedy, sampled or by beams, in batches that rows may join and leave, with stop rules.
 
-    batch = DecodeBatch(model)
-    slots = batch.add([DecodeRequest(row, features, config)])
-    while len(batch):
-        for event in batch.step():
-            print(event.slot, event.text, event.finish_reason)
+batch = DecodeBatch(model)
+slots = batch.add([DecodeRequest(row, features, config)])
+while len(batch):
+    for event in batch.step():
+        print(event.slot, event.text, event.finish_reason)
 """
 
 from __future__ import annotations

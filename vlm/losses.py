@@ -36,7 +36,13 @@ def cross_entropy(logits: Tensor, nodes: Tensor, labels: Tensor, weights: Tensor
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, nodes: Tensor, labels: Tensor, weights: Tensor, smoothing: float
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        nodes: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        smoothing: float,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)

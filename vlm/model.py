@@ -1,8 +1,8 @@
 """VLM = frozen encoder + trained adapter + frozen language model.
 
-    from vlm import VLM
-    model = VLM.from_pretrained("default")
-    print(model.ask(["cat.jpg"], "What animal is this?").text)
+from vlm import VLM
+model = VLM.from_pretrained("default")
+print(model.ask(["cat.jpg"], "What animal is this?").text)
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ class VLM(nn.Module):
         from vlm.checkpoint import load_model
 
         model = load_model(
-            adapter, device=device, dtype=dtype, offline=offline, allow_different_frozen=allow_different_frozen
+            adapter,
+            device=device,
+            dtype=dtype,
+            offline=offline,
+            allow_different_frozen=allow_different_frozen,
         )
         if feature_cache is not None:
             model.features.cache = FeatureCache(feature_cache)

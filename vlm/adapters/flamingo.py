@@ -139,7 +139,9 @@ class FlamingoAdapter(Adapter):
         sees = visible.any(dim=-1, keepdim=True)
         seen = visible.repeat_interleave(conditioning.latents, dim=-1)
         # A token that sees nothing would make the softmax 0/0: let it look anywhere, then drop the result.
-        mask = torch.zeros(seen.shape, device=seen.device).masked_fill_(~(seen | ~sees), float("-inf"))[:, None]
+        mask = torch.zeros(seen.shape, device=seen.device).masked_fill_(~(seen | ~sees), float("-inf"))[
+            :, None
+        ]
         number = {layer: i for i, layer in enumerate(self.at_layers)}
 
         def act(layer: int, hidden: Tensor) -> Tensor:

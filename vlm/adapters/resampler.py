@@ -58,7 +58,15 @@ class Resampler(nn.Module):
     """
 
     def __init__(
-        self, *, features: int, positions: int, width: int, latents: int, depth: int, heads: int, dropout: float
+        self,
+        *,
+        features: int,
+        positions: int,
+        width: int,
+        latents: int,
+        depth: int,
+        heads: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.dropout = dropout

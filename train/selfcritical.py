@@ -1,0 +1,145 @@
+"""Self-critical training (Rennie et al. 2017): captions are sampled, scored by CIDEr, and made likelier
+or less likely by how much better they are than the same picture's other samples (Luo 2020).
+
+It needs nothing new of the loop: a sampled caption is an answer whose tokens weigh as much as its
+advantage, which may be negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlm.config import CAPTION_PROMPT
+from vlm.conversation import Conversation
+from vlm.data.collate import Group
+from vlm.decoder import DecoderState
+from vlm.eval.metrics.ptb import tokenize
+from vlm.model import VLM
+from vlm.processor import Row, Tokens
+
+ORDER = 4
+SIGMA = 6.0
+
+Grams = Counter[tuple[str, ...]]
+Vector = dict[tuple[str, ...], float]
+
+
+def grams(caption: str) -> Grams:
+    """Counts of the caption's 1- to 4-grams, over the tokens that evaluation uses."""
+    words = tokenize(caption).split()
+    return Counter(tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1))
+
+
+def caption_references(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The captions of every group that has some, by its id."""
+    captions = {
+        group.id: [
+            p.answer for ps in group.by_source for p in ps if p.example.turns[-1].text == CAPTION_PROMPT
+        ]
+        for group in groups
+    }
+    return {name: texts for name, texts in captions.items() if texts}
+
+
+class CiderReward:
+    """CIDEr-D (Vedantam et al. 2015) of single captions, with the document frequencies of a whole set.
+
+    The same figure as pycocoevalcap's for the same set; its references' vectors are kept.
+    """
+
+    def __init__(self, references: dict[str, Sequence[str]]) -> None:
+        cooked = {name: [grams(text) for text in texts] for name, texts in references.items()}
+        self.frequency: Counter[tuple[str, ...]] = Counter()
+        for texts in cooked.values():
+            self.frequency.update({gram for text in texts for gram in text})
+        self.log_count = math.log(len(cooked))
+        self.vectors = {name: [self._vector(text) for text in texts] for name, texts in cooked.items()}
+
+    def _vector(self, counts: Grams) -> tuple[Vector, list[float], int]:
+        vector = {
+            gram: count * (self.log_count - math.log(max(1, self.frequency[gram])))
+            for gram, count in counts.items()
+        }
+        norms = [0.0] * ORDER
+        for gram, value in vector.items():
+            norms[len(gram) - 1] += value * value
+        length = sum(count for gram, count in counts.items() if len(gram) == 2)
+        return vector, [math.sqrt(norm) for norm in norms], length
+
+    def __call__(self, name: str, caption: str) -> float:
+        """CIDEr-D of `caption` against the references of picture `name`, on the scale where 1 is 100 %."""
+        vector, norms, length = self._vector(grams(caption))
+        total = 0.0
+        for other, other_norms, other_length in self.vectors[name]:
+            dots = [0.0] * ORDER
+            for gram, value in vector.items():
+                if gram in other:
+                    dots[len(gram) - 1] += min(value, other[gram]) * other[gram]
+            penalty = math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
+            total += penalty * sum(
+                dot / (a * b) for dot, a, b in zip(dots, norms, other_norms, strict=True) if a and b
+            )
+        return 10 * total / ORDER / len(self.vectors[name])
+
+
+@torch.inference_mode()
+def sample_captions(
+    model: VLM, rows: Sequence[Row], features: Tensor, samples: int, longest: int
+) -> list[list[list[int]]]:
+    """`samples` sampled answers (token ids, with their end where they have one) for each prompt."""
+    end = model.language.frame.end
+    state, logits = DecoderState.prefill(model, rows, features)
+    repeated = torch.arange(len(rows), device=logits.device).repeat_interleave(samples)
+    state, logits = state.select(repeated), logits[repeated]
+    said: list[list[int]] = [[] for _ in range(len(repeated))]
+    going = list(range(len(said)))
+    for _ in range(longest):
+        logits[:, list(model.language.added_ids)] = float("-inf")
+        chosen = torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+        tokens = chosen.tolist()
+        for index, token in zip(going, tokens, strict=True):
+            said[index].append(token)
+        staying = [i for i, token in enumerate(tokens) if token != end]
+        if not staying:
+            break
+        going = [going[i] for i in staying]
+        keep = torch.tensor(staying, device=logits.device)
+        state = state.select(keep)
+        logits = state.advance(chosen[keep])
+    return [said[i : i + samples] for i in range(0, len(said), samples)]
+
+
+def rewarded(
+    model: VLM,
+    reward: CiderReward,
+    groups: Sequence[Group],
+    features: Tensor,
+    samples: int,
+    longest: int = 24,
+) -> tuple[list[list[tuple[Tokens, float]]], float]:
+    """Sampled captions of each group's picture with their advantages, and the mean reward.
+
+    Every sample's baseline is the mean of the others.
+    """
+    processor = model.processor
+    prompts = [Conversation.ask(group.images, CAPTION_PROMPT) for group in groups]
+    rows = [processor.row([processor.tokens(prompt)]) for prompt in prompts]
+    drawn = sample_captions(model, rows, features, samples, longest)
+    result: list[list[tuple[Tokens, float]]] = []
+    rewards: list[float] = []
+    for group, prompt, answers in zip(groups, prompts, drawn, strict=True):
+        scores = [reward(group.id, model.language.decode(ids)) for ids in answers]
+        rewards += scores
+        mean = sum(scores) / samples
+        made = []
+        for ids, score in zip(answers, scores, strict=True):
+            tokens = processor.tokens(prompt)
+            tokens.add(ids, supervised=True)
+            made.append((tokens, (score - mean) * samples / (samples - 1)))
+        result.append(made)
+    return result, sum(rewards) / len(rewards)
