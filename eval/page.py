@@ -98,7 +98,7 @@ def _scores(found: dict[str, Any]) -> str:
     published: dict[str, list[str]] = {}
     for figure in found["published"]:
         published.setdefault(figure["metric"], []).append(f"{figure['value']:g} ({figure['source']})")
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (name, float(value), _ends(found["intervals"].get(name)), "; ".join(published.get(name, ())))
         for name, value in found["metrics"].items()
     ]
@@ -137,7 +137,7 @@ def _bars(bars: Sequence[tuple[str, float]]) -> str:
 
 
 def _breakdown(found: dict[str, Any], main: str) -> str:
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (kind, float(row["n"]), float(row[main])) for kind, row in found["breakdown"].items() if main in row
     ]
     return "<h2>By kind</h2>" + _table(("kind", "examples", main), rows) if rows else ""
