@@ -1,4 +1,4 @@
-"""One real server for a test session: `vlm serve` as a process of its own, on real weights, over real sockets."""
+"""One real server for a test session: `vlm serve` as its own process, on real weights, over real sockets."""
 
 from __future__ import annotations
 

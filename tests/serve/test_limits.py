@@ -1,4 +1,4 @@
-"""Connections and bodies that lie, drip or never end, against the real protocol and limits with short patience."""
+"""Connections and bodies that lie, drip or never end, against the real protocol and limits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 
 uvicorn = pytest.importorskip("uvicorn")
 
-from vlm.serve.gate import Gate
-from vlm.serve.limits import BodyLimit
-from vlm.serve.metrics import Metrics
-from vlm.serve.protocol import protocol_class
-from vlm.serve.settings import Settings
+from vlm.serve.gate import Gate  # noqa: E402
+from vlm.serve.limits import BodyLimit  # noqa: E402
+from vlm.serve.metrics import Metrics  # noqa: E402
+from vlm.serve.protocol import protocol_class  # noqa: E402
+from vlm.serve.settings import Settings  # noqa: E402
 
 SETTINGS = Settings(max_body=1 << 20, max_bodies=3 << 19, body_seconds=0.6, header_seconds=0.4)
 CONNECTIONS = 8
@@ -167,8 +167,9 @@ def test_a_body_longer_than_it_says_is_no_second_request(port: int) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", post(-1), post("1e3"), post("5, 6"),
-     post("", "Transfer-Encoding: gzip"), b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"],
+    [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", post(-1), post("1e3"),
+     post("5, 6"), post("", "Transfer-Encoding: gzip"), b"GET / HTTP/1.1\r\n\r\n",
+     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"],
     ids=["words", "tls", "negative", "float", "two", "coding", "no-host", "two-hosts"],
 )  # fmt: skip
 def test_what_is_not_http_gets_the_shape(port: int, data: bytes) -> None:

@@ -14,12 +14,13 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vlm.errors import ConfigError
 from vlm.options import add_common, apply_common, make_parser
 
 if TYPE_CHECKING:
+    from vlm.features import FeatureCache
     from vlm.model import VLM
     from vlm.serve.keys import Keys
     from vlm.serve.settings import Settings
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("vlm serve", "Serve a page and an OpenAI-compatible API.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--adapter", default="default", help="a shipped adapter, a folder or a hub id")
     parser.add_argument("--allow-different-frozen", action="store_true", help="accept other frozen weights")
     parser.add_argument("--name", help="the model's name in the API (default: the adapter's)")
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN",
                         help="let pages of this origin call the API (repeatable)")  # fmt: skip
     parser.add_argument("--allow-image-host", action="append", default=[], metavar="HOST",
-                        help="fetch https pictures from this host (repeatable; default: never fetch)")  # fmt: skip
+                        help="fetch https pictures from this host (repeatable)")  # fmt: skip
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep pictures' features on disk")
     parser.add_argument("--feedback", type=Path, metavar="DB", help="collect opinions in this SQLite file")
     parser.add_argument("--slots", type=int, default=16, help="answers decoded side by side (default: 16)")
@@ -156,7 +157,8 @@ def build(model: VLM, settings: Settings, keys: Keys | None, *, model_id: str) -
     from vlm.serve.pictures import Desk, MemoryCache
 
     metrics = Metrics()
-    model.features.cache = MemoryCache(settings.cached_pictures, metrics, model.features.cache)
+    cache = MemoryCache(settings.cached_pictures, metrics, model.features.cache)
+    model.features.cache = cast("FeatureCache", cache)  # the two methods that `Features` calls
     door = FetchDoor(
         settings.image_hosts, max_bytes=settings.max_image_bytes,
         seconds=settings.fetch_seconds, redirects=settings.fetch_redirects,

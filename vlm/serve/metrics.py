@@ -16,28 +16,31 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        made = {"registry": self.registry}
+        registry = self.registry
         self.requests = Counter(
-            "vlm_http_requests", "Requests by route and status", ["method", "route", "status"], **made
+            "vlm_http_requests",
+            "Requests by route and status",
+            ["method", "route", "status"],
+            registry=registry,
         )
         self.seconds = Histogram(
             "vlm_http_request_seconds",
             "Seconds from a request's head to the end of its answer",
             ["route"],
             buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
-            **made,
+            registry=registry,
         )
-        self.open = Gauge("vlm_http_requests_open", "Requests being answered", **made)
-        self.tokens = Counter("vlm_tokens", "Tokens read and written", ["kind"], **made)
-        self.answers = Counter("vlm_answers", "Answers by how they ended", ["reason"], **made)
+        self.open = Gauge("vlm_http_requests_open", "Requests being answered", registry=registry)
+        self.tokens = Counter("vlm_tokens", "Tokens read and written", ["kind"], registry=registry)
+        self.answers = Counter("vlm_answers", "Answers by how they ended", ["reason"], registry=registry)
         self.first_token = Histogram(
             "vlm_first_token_seconds",
             "Seconds from a request's admission to its first token",
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-            **made,
+            registry=registry,
         )
         self.pictures = Counter(
-            "vlm_pictures", "Pictures by where their features came from", ["source"], **made
+            "vlm_pictures", "Pictures by where their features came from", ["source"], registry=registry
         )
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
