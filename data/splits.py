@@ -6,7 +6,11 @@ A part is set aside by image, never by question: two questions about one picture
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 
+from vlm.conversation import ImageSource
+from vlm.data.example import Example
 from vlm.errors import DataError
 
 SPLITS = ("train", "train-rest", "dev", "test")
@@ -35,3 +39,51 @@ def is_held_out(name: str, fraction: float, salt: str = "") -> bool:
     """
     digest = hashlib.sha256(f"{salt}\0{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def image_key(image: ImageSource) -> str:
+    """What names a picture when a part is set aside: its file's name, or a hash of its bytes."""
+    if isinstance(image, str | Path):
+        return Path(image).name
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    sha256 = getattr(image, "sha256", None)
+    return str(sha256) if sha256 else hashlib.sha256(image.tobytes()).hexdigest()  # type: ignore[union-attr]
+
+
+def split_by_image(
+    examples: Sequence[Example], fraction: float = 0.2, salt: str = ""
+) -> tuple[list[Example], list[Example]]:
+    """(the rest, the part set aside): `fraction` of the pictures, at least one, with all said of them.
+
+    Pictures are ranked by a hash of their names, so the order of the examples does not matter. Examples that
+    have a picture in common stay together.
+
+    Raises:
+        DataError: there are fewer than two pictures.
+    """
+    groups = _connected(examples)
+    ranked = sorted(set(groups), key=lambda key: hashlib.sha256(f"{salt}\0{key}".encode()).digest())
+    if len(ranked) < 2:
+        raise DataError(f"{len(ranked)} picture(s) cannot be divided into two parts")
+    held = set(ranked[: min(max(1, round(len(ranked) * fraction)), len(ranked) - 1)])
+    rest = [example for example, group in zip(examples, groups, strict=True) if group not in held]
+    return rest, [example for example, group in zip(examples, groups, strict=True) if group in held]
+
+
+def _connected(examples: Sequence[Example]) -> list[str]:
+    """Per example, a key that examples with a picture in common (directly or through others) share."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    keys = [[image_key(image) for image in example.images] or [f"text:{example.id}"] for example in examples]
+    for names in keys:
+        for name in names[1:]:
+            one, other = sorted((root(names[0]), root(name)))
+            parent[other] = one
+    return [root(names[0]) for names in keys]

@@ -1,0 +1,144 @@
+"""Write examples as an image folder that describes itself, readable by `datasets` and by `vlm`.
+
+DST/dataset.json                name, source, terms, parts and their sizes
+DST/README.md                   the same for people, with the hub's YAML header
+DST/train/metadata.jsonl        file_name and text, or question and answers; id; what else is known
+DST/train/000001.jpg ...        hard links to the originals where the file system allows, else copies
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.config import CAPTION_PROMPT
+from vlm.data.example import Example
+from vlm.errors import DataError
+
+FORMAT = 1
+FOLDERS = {"train": "train", "dev": "validation", "test": "test"}
+ABOUT: dict[str, dict[str, str]] = {
+    "flickr8k": {
+        "title": "Flickr8k",
+        "source": "Hodosh, Young, Hockenmaier, Framing image description as a ranking task, JAIR 47, 2013",
+        "terms": "photographs by Flickr users; for research and education, not for commercial use",
+    },
+    "daquar": {
+        "title": "DAQUAR",
+        "source": "Malinowski and Fritz, A multi-world approach to QA, NIPS 2014; NYU Depth v2 pictures",
+        "terms": "for research",
+    },
+    "easy-vqa": {
+        "title": "easy-VQA",
+        "source": "Victor Zhou, easy-VQA, 2019",
+        "terms": "MIT licence",
+    },
+}
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower() or ".jpg"
+
+
+def _put(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def row_of(example: Example, file_name: str) -> dict[str, Any]:
+    """An example as a metadata row.
+
+    Raises:
+        DataError: it has several pictures or turns, which a metadata row cannot hold.
+    """
+    if len(example.images) != 1 or len(example.turns) != 1:
+        raise DataError(
+            f"example {example.id} has several pictures or turns; an image folder holds one of each"
+        )
+    question = example.turns[0].text
+    row: dict[str, Any] = {"file_name": file_name, "id": example.id}
+    if question == CAPTION_PROMPT:
+        row["text"] = list(example.answers)
+    else:
+        row["question"] = question
+        row["answers"] = list(example.answers)
+    taken = {*row, "task"}
+    row.update(
+        {
+            key: value if isinstance(value, str) else str(value)
+            for key, value in example.meta.items()
+            if key not in taken
+        }
+    )
+    return row
+
+
+def write_part(examples: Sequence[Example], folder: Path) -> int:
+    """Write one part's pictures and metadata; returns the number of pictures.
+
+    Raises:
+        DataError: a picture is no file, or two different pictures have one name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named: dict[str, Path] = {}
+    rows = []
+    for example in examples:
+        image = example.images[0] if example.images else None
+        if not isinstance(image, str | Path):
+            raise DataError(f"the picture of example {example.id} is no file")
+        path = Path(image)
+        name = path.stem + _suffix(path)
+        if named.setdefault(name, path) != path:
+            raise DataError(f"two pictures are called {name}: {named[name]} and {path}")
+        rows.append(row_of(example, name))
+    for name, path in named.items():
+        try:
+            _put(path, folder / name)
+        except OSError as error:
+            raise DataError(f"{path} cannot be copied to {folder}: {error.strerror or error}") from error
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part = folder / "metadata.jsonl.part"
+    part.write_text(text, encoding="utf-8")
+    part.replace(folder / "metadata.jsonl")
+    return len(named)
+
+
+def _readme(about: Mapping[str, str], parts: Mapping[str, Mapping[str, int]]) -> str:
+    rows = "\n".join(f"| {name} | {size['pictures']} | {size['examples']} |" for name, size in parts.items())
+    return (
+        f"---\npretty_name: {about['title']}\n---\n\n# {about['title']}\n\n{about['source']}.\n"
+        f"Terms: {about['terms']}.\n\n| part | pictures | examples |\n|---|---|---|\n{rows}\n\n"
+        "Each part is an image folder with `metadata.jsonl`: read it with `vlm data check`, train on it\n"
+        "with `vlm train finetune data=FOLDER`, or load it with `datasets.load_dataset`.\n"
+    )
+
+
+def write_dataset(
+    parts: Iterable[tuple[str, Sequence[Example]]], folder: Path, about: Mapping[str, str], *, note: str = ""
+) -> dict[str, dict[str, int]]:
+    """Write all parts (`train`, `dev`, `test`) of a set; returns part -> pictures and examples.
+
+    Raises:
+        DataError: the folder holds something else, or a part cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "dataset.json").is_file():
+        raise DataError(f"{folder} is not empty and holds no converted data set; name a new folder")
+    sizes: dict[str, dict[str, int]] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"format": FORMAT, **about, **({"note": note} if note else {})}
+    for name, examples in parts:
+        pictures = write_part(examples, folder / FOLDERS[name])
+        sizes[name] = {"pictures": pictures, "examples": len(examples)}
+        # Written after every part, so that a run that is broken off can be repeated over what it left.
+        text = json.dumps({**description, "parts": sizes}, indent=1, ensure_ascii=False) + "\n"
+        (folder / "dataset.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(_readme(about, sizes), encoding="utf-8")
+    return sizes

@@ -1,0 +1,211 @@
+"""`vlm data`: convert public sets, check any source, make questions from captions.
+
+vlm data check FOLDER
+vlm data convert flickr8k SRC DST
+vlm data questions SRC DST
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vlm.data.check import CheckReport, PartReport, Progress
+from vlm.data.convert.write import ABOUT, write_dataset
+from vlm.data.example import Example
+from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
+from vlm.data.sources import DATASETS, canonical_name, find_root
+from vlm.errors import DataError, VLMError
+from vlm.options import make_parser
+
+SHOWN = 10
+# Sets without a dev part of their own: theirs is set aside from the training part by picture.
+NO_DEV = ("daquar", "easy-vqa")
+
+
+def _progress() -> Progress | None:
+    if not sys.stderr.isatty():
+        return None
+
+    def show(what: str, done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            end = "\n" if done == total else ""
+            print(f"\r{what}: {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _part_lines(part: PartReport) -> list[str]:
+    lines = [
+        f"{part.name}: {part.examples} examples, {part.pictures} pictures, {len(part.bad)} unusable rows"
+    ]
+    if part.bad:
+        lines += [f"  {count} x {cause}" for cause, count in part.causes.most_common()]
+        lines += [f"    {row}" for row in part.bad[:SHOWN]]
+        if len(part.bad) > SHOWN:
+            lines.append(f"    ... and {len(part.bad) - SHOWN} more (--json names them all)")
+        if part.bad_share > BAD_SHARE:
+            lines.append(
+                f"  {part.bad_share:.1%} of the rows: more than {BAD_SHARE:.0%}, training would not start"
+            )
+    if part.sizes:
+        common = ", ".join(f"{size} ({count})" for size, count in part.sizes.most_common(3))
+        lines.append(f"  sizes: {common}" + (", ..." if len(part.sizes) > 3 else ""))
+    if part.answer_words:
+        total = sum(part.answer_words.values())
+        once = sum(count == 1 for count in part.vocabulary.values())
+        mean = sum(words * count for words, count in part.answer_words.items()) / total
+        lines.append(
+            f"  answers: {total}, {mean:.1f} words on average, {max(part.answer_words)} at most; "
+            f"vocabulary {len(part.vocabulary)} words, {once} of them once"
+        )
+    if part.answers:
+        common = ", ".join(f"{answer} ({count})" for answer, count in part.answers.most_common(5))
+        lines.append(f"  commonest answers: {common}")
+    if part.duplicates:
+        lines.append(f"  {len(part.duplicates)} groups of pictures look alike, for example:")
+        lines += ["    " + " = ".join(group[:4]) for group in part.duplicates[:3]]
+    if part.repeated:
+        lines.append(f"  {len(part.repeated)} examples repeat an earlier picture and question")
+    return lines
+
+
+def _print_report(report: CheckReport) -> None:
+    for part in report.parts:
+        print("\n".join(_part_lines(part)))
+    if report.leaks:
+        print(f"LEAK: {len(report.leaks)} held-out pictures look like training pictures:")
+        for held, train in report.leaks[:SHOWN]:
+            print(f"  {held} = {train}")
+    print("fine" if report.ok else "not fine")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from vlm.data.check import check_source
+    from vlm.data.show import masked_sample, plain_sample
+
+    report = check_source(args.source, args.against, _progress())
+    if args.json:
+        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+        return 0 if report.ok else 1
+    samples = [example for part in report.parts for example in part.samples][: args.samples]
+    show: Callable[[Example], str] = plain_sample
+    if args.adapter and samples:
+        from vlm.model import VLM
+
+        model = VLM.from_pretrained(args.adapter, offline=True)
+        show = lambda example: masked_sample(model, example)  # noqa: E731
+    _print_report(report)
+    for number, example in enumerate(samples, start=1):
+        print(f"\nsample {number} ({example.id}):\n{show(example)}")
+    return 0 if report.ok else 1
+
+
+def _parts(read: Callable[[str], list[Example]], splits: tuple[str, ...]) -> dict[str, list[Example]]:
+    """The parts that are there; `train-rest` is called train in what is written."""
+    found: dict[str, list[Example]] = {}
+    problem: VLMError | None = None
+    for split in splits:
+        try:
+            found[split.removesuffix("-rest")] = read(split)
+        except DataError as error:
+            problem = problem or error
+            print(f"skipped {split}: {error}", file=sys.stderr)
+    if not found:
+        raise problem or DataError("nothing to convert")
+    return found
+
+
+def _print_sizes(sizes: dict[str, dict[str, int]], folder: Path) -> None:
+    for name, size in sizes.items():
+        print(f"{folder}: {name}: {size['pictures']} pictures, {size['examples']} examples")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    name = canonical_name(args.name)
+    if name not in PUBLIC:
+        raise DataError(f"unknown data set {args.name!r}; use one of {', '.join(DATASETS)}")
+    packaged = args.source == "package"
+    root = find_root(name, None if packaged else Path(args.source).expanduser())
+    splits = ("train-rest", "dev", "test") if name in NO_DEV else ("train", "dev", "test")
+    note = ""
+    if name in NO_DEV:
+        note = "The validation part is set aside from the official training part, by picture."
+    parts = _parts(lambda split: PUBLIC[name][1](root, split), splits)
+    about = {"name": name, **ABOUT[name], **({"dev_from": "train"} if name in NO_DEV else {})}
+    _print_sizes(
+        write_dataset(parts.items(), Path(args.destination), about, note=note), Path(args.destination)
+    )
+    return 0
+
+
+def _questions(args: argparse.Namespace) -> int:
+    from vlm.data.questions import digest, questions_from_captions
+
+    read = read_source(args.source, divide=False)
+    splits = ("train", "dev", "test") if read.has_part else ("train",)
+    parts = _parts(lambda split: read_source(args.source, split, divide=False).checked(), splits)
+    made = {}
+    for name, examples in parts.items():
+        captions = [example for example in examples if example.meta.get("task") == "caption"]
+        if not captions:
+            raise DataError(f"the {name} part of {args.source} holds no captions to make questions from")
+        made[name] = questions_from_captions(captions, seed=args.seed)
+    origin = Path(args.source).name
+    about = {
+        "name": f"{origin}-questions",
+        "title": f"Questions from the captions of {origin}",
+        "source": f"made from the captions of {origin} by `vlm data questions --seed {args.seed}`",
+        "terms": "those of the captions and pictures",
+    }
+    sizes = write_dataset(made.items(), Path(args.destination), about)
+    _print_sizes(sizes, Path(args.destination))
+    for name, examples in made.items():
+        print(f"{name}: sha256 {digest(examples)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("vlm data", "Convert, check and question data sets.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check", allow_abbrev=False, help="decode everything, count problems, find duplicates and leaks"
+    )
+    check.add_argument("source", help="a folder, table file, Parquet or tar file, or hub id (owner/name)")
+    check.add_argument(
+        "--against", action="append", default=[], metavar="SOURCE[:SPLIT]",
+        help="also look for training pictures in this held-out source (repeatable)",
+    )  # fmt: skip
+    check.add_argument("--samples", type=int, default=3, metavar="N", help="samples to print (default: 3)")
+    check.add_argument(
+        "--adapter", metavar="NAME", help="print the samples as this adapter's model sees them"
+    )
+    check.add_argument("--json", action="store_true", help="the whole report for programs")
+    check.set_defaults(run=_check)
+    convert = commands.add_parser(
+        "convert", allow_abbrev=False, help="a public set's download -> image folders that `datasets` reads"
+    )
+    convert.add_argument("name", help=", ".join(DATASETS))
+    convert.add_argument("source", help="the download's folder (easy-vqa: `package` for the installed one)")
+    convert.add_argument("destination", help="a new folder")
+    convert.set_defaults(run=_convert)
+    questions = commands.add_parser(
+        "questions", allow_abbrev=False, help="captions -> questions with short answers"
+    )
+    questions.add_argument("source", help="a captioned source, as for check")
+    questions.add_argument("destination", help="a new folder")
+    questions.add_argument(
+        "--seed", type=int, default=0, help="chooses among the possible questions (default: 0)"
+    )
+    questions.set_defaults(run=_questions)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `vlm data`; returns the exit code: 1 where a check found something that stops training."""
+    args = _parser().parse_args(argv)
+    code: int = args.run(args)
+    return code

@@ -1,0 +1,234 @@
+"""Any source a person may name -> examples, with every row that could not be used counted and named.
+
+folder with metadata.csv/.jsonl (or train/, validation/, test/ that hold them)   image folder
+.csv .tsv .jsonl                                                                 tables with image paths
+.json                                                                            LLaVA list, COCO, VQA
+.parquet .tar (a file, or a folder of them)                                      Parquet, WebDataset
+owner/name                                                                       a hub data set
+a public set's download folder                                                   see vlm.data.convert
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from vlm.data import coco
+from vlm.data.convert import daquar, easy_vqa, flickr8k
+from vlm.data.example import Example
+from vlm.data.rows import BadRow
+from vlm.data.splits import canonical_split, split_by_image
+from vlm.data.streams import Shard, read_hub, read_parquet, read_webdataset
+from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
+from vlm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+PUBLIC: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], list[Example]]]] = {
+    "flickr8k": (flickr8k.looks_like, flickr8k.read),
+    "daquar": (daquar.looks_like, daquar.read),
+    "easy-vqa": (easy_vqa.looks_like, easy_vqa.read),
+}
+PART_FOLDERS = {
+    "train": ("train", "training"),
+    "dev": ("dev", "validation", "val", "valid"),
+    "test": ("test",),
+}
+BAD_SHARE = 0.01
+SHOWN = 5
+
+
+@dataclass
+class Reading:
+    """What a source holds: usable examples, unusable rows."""
+
+    source: str
+    examples: list[Example] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    has_part: bool = True
+    """Whether the source itself says which rows are its train, dev and test parts."""
+
+    @property
+    def causes(self) -> Counter[str]:
+        """How many rows are unusable, by cause."""
+        return Counter(row.cause for row in self.bad)
+
+    @property
+    def bad_share(self) -> float:
+        """The unusable share of the rows, 0 to 1."""
+        total = len(self.examples) + len(self.bad)
+        return len(self.bad) / total if total else 0.0
+
+    def summary(self) -> str:
+        """The unusable rows in a line: counts by cause, and the first few by name."""
+        causes = ", ".join(f"{count} x {cause}" for cause, count in self.causes.most_common())
+        named = "; ".join(str(row) for row in self.bad[:SHOWN])
+        more = f"; and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
+        return f"{self.source}: {len(self.bad)} rows cannot be used: {causes}. {named}{more}"
+
+    def checked(self) -> list[Example]:
+        """The examples, after a warning that names what was left out.
+
+        Raises:
+            DataError: more than 1 % of the rows cannot be used, or nothing is left.
+        """
+        if self.bad_share > BAD_SHARE:
+            raise DataError(f"{self.summary()} (at most {BAD_SHARE:.0%} may be; see `vlm data check`)")
+        if not self.examples:
+            raise DataError(f"{self.source} holds no example")
+        if self.bad:
+            log.warning("%s", self.summary())
+        return self.examples
+
+
+def public_set(folder: Path) -> str | None:
+    """The public set whose downloaded layout `folder` has, or None."""
+    return next((name for name, (looks_like, _) in PUBLIC.items() if looks_like(folder)), None)
+
+
+def dev_is_from_train(source: str | Path) -> bool:
+    """Whether a folder's dev part is set aside from its official training part."""
+    folder = Path(source).expanduser()
+    if (folder / "dataset.json").is_file():
+        table = coco.read_json(folder / "dataset.json")
+        return isinstance(table, dict) and table.get("dev_from") == "train"
+    return folder.is_dir() and public_set(folder) in ("daquar", "easy-vqa")
+
+
+def _collect(source: str, items: Iterator[Example | BadRow]) -> Reading:
+    reading = Reading(source)
+    for item in items:
+        (reading.bad if isinstance(item, BadRow) else reading.examples).append(item)  # type: ignore[arg-type]
+    return reading
+
+
+def _json_file(path: Path, split: str) -> tuple[Iterator[Example | BadRow], bool]:
+    """(examples, whether the file itself says which split is which)."""
+    table = coco.read_json(path)
+    if isinstance(table, list):
+        return to_examples(json_list_rows(table, path.name), path.parent), False
+    kind = coco.kind_of(table)
+    if kind == "karpathy":
+        return coco.read_karpathy(table, path, "train" if split == "train-rest" else split), True
+    if kind == "captions":
+        return coco.read_captions(table, path), False
+    if kind == "questions":
+        return coco.read_questions(table, path), False
+    raise DataError(
+        f"{path} is none of the JSON layouts that are known (LLaVA list, COCO captions, VQA questions)"
+    )
+
+
+def _file(path: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".jsonl"):
+        return to_examples(text_rows(path), path.parent), False
+    if suffix == ".json":
+        return _json_file(path, split)
+    if suffix == ".parquet":
+        return read_parquet([path], shard), False
+    if suffix == ".tar":
+        return read_webdataset([path], shard), False
+    raise DataError(f"{path.name}: a folder, .csv, .tsv, .jsonl, .json, .parquet or .tar is expected")
+
+
+def _part_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
+    """Those of a folder's shards that are named after the split ("train-00000.parquet"), if any are."""
+    named = {
+        part: [f for f in files if f.name.lower().startswith(names)] for part, names in PART_FOLDERS.items()
+    }
+    if not any(named.values()):
+        return files, False
+    part = "train" if split == "train-rest" else split
+    if not named[part]:
+        raise DataError(f"{files[0].parent} has no {part} part")
+    return named[part], True
+
+
+def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
+    """(examples, whether the folder itself has the split as a part)."""
+    if metadata_file(folder):
+        return read_image_folder(folder), False
+    parts = {
+        part: found
+        for part, names in PART_FOLDERS.items()
+        if (
+            found := next(
+                (folder / n for n in names if (folder / n).is_dir() and metadata_file(folder / n)), None
+            )
+        )
+    }
+    if parts:
+        if split == "train-rest" and "dev" not in parts and "train" in parts:
+            return read_image_folder(parts["train"]), False
+        if split == "dev" and "dev" not in parts and "train" in parts:
+            return read_image_folder(parts["train"]), False
+        if split == "train" and {"train", "dev"} <= parts.keys() and dev_is_from_train(folder):
+            return chain(read_image_folder(parts["train"]), read_image_folder(parts["dev"])), True
+        wanted = "train" if split == "train-rest" else split
+        if wanted not in parts:
+            raise DataError(f"{folder} has no {wanted} part; it has {', '.join(sorted(parts))}")
+        return read_image_folder(parts[wanted]), True
+    for suffix, read in ((".parquet", read_parquet), (".tar", read_webdataset)):
+        files = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
+        if files:
+            chosen, named = _part_files(files, split)
+            return read(chosen, shard), named
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".tsv", ".jsonl", ".json")]
+    if len(tables) == 1:
+        return _file(tables[0], split, shard)
+    hint = (
+        "several tables; name one of them"
+        if tables
+        else "no metadata.csv, metadata.jsonl, Parquet or tar files"
+    )
+    raise DataError(f"{folder} has {hint}")
+
+
+def _whole_part(reading: Reading, split: str) -> Reading:
+    """A source with one part only: `train` is all of it, `train-rest` and `dev` its two parts by image."""
+    if split == "test":
+        raise DataError(f"{reading.source} has one part only; it cannot be asked for its test part")
+    if split != "train":
+        rest, held = split_by_image(reading.examples)
+        reading.examples = held if split == "dev" else rest
+    return reading
+
+
+def read_source(
+    source: str | Path, split: str = "train", *, shard: Shard = (0, 1), divide: bool = True
+) -> Reading:
+    """Read any source; `Reading.checked()` gives the examples or says what is wrong.
+
+    A source with one part only is divided by image: `train` is all of it, `dev` a fifth, `train-rest` the
+    other four fifths (`divide=False`: it has `train` only). `shard` = (rank, world) reads one of `world`
+    parts of Parquet, tar and hub sources.
+
+    Raises:
+        DataError: there is no such source or part, or its table cannot be read at all.
+    """
+    split = canonical_split(split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        public = public_set(path)
+        if public:
+            return Reading(str(source), PUBLIC[public][1](path, split))
+        items, has_part = _folder(path, split, shard)
+    elif path.is_file():
+        items, has_part = _file(path, split, shard)
+    elif str(source).removeprefix("hub:").count("/") == 1 and not str(source).startswith((".", "/", "~")):
+        name = str(source).removeprefix("hub:")
+        items, has_part = read_hub(name, "train" if split == "train-rest" else split, shard), True
+    else:
+        raise DataError(f"{source} is no file, no folder and no hub data set (owner/name)")
+    reading = _collect(str(source), items)
+    reading.has_part = has_part
+    if has_part or (not divide and split == "train"):
+        return reading
+    if not divide:
+        raise DataError(f"{source} has one part only")
+    return _whole_part(reading, split)

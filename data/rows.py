@@ -1,0 +1,229 @@
+"""One row of a user's table -> examples, whatever its columns are called.
+
+    file_name, text                        a caption (or several, as a list)
+    file_name, question, answer | answers  a question
+    image, conversations | messages        LLaVA or chat layout: one example per assistant turn
+
+Every value is read as text: "007" stays "007", `true` and `N/A` stay words. A row that cannot be used is a
+`BadRow` that says why; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from vlm.config import CAPTION_PROMPT
+from vlm.conversation import ImageSlot, ImageSource, Turn
+from vlm.data.example import Example
+
+IMAGE_COLUMNS = (
+    "file_name", "file_names", "image", "images", "image_path", "image_file", "filepath", "file_path", "path",
+    "img", "filename", "jpg", "jpeg", "png", "webp", "gif",
+)  # fmt: skip
+CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "description", "sentence", "sentences")
+QUESTION_COLUMNS = ("question", "query")
+ANSWER_COLUMNS = ("answers", "answer", "multiple_choice_answer", "response")
+TALK_COLUMNS = ("conversations", "messages", "conversation")
+ID_COLUMNS = ("id", "question_id", "__key__")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant"}
+PLACEHOLDER = "<image>"
+
+Find = Callable[[Any], ImageSource]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: where it stands, the cause (a short fixed phrase), what was found."""
+
+    where: str
+    cause: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
+
+
+class RowError(Exception):
+    """Why a row cannot be used; its reader turns it into a `BadRow`."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.detail = detail
+
+
+def load_json(text: str) -> Any:
+    """JSON with its numbers left as they are written ("1.50" stays "1.50").
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+    """
+    return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+
+
+def as_text(value: Any) -> str:
+    """A cell as text: strings as they are, truth values in lower case, nothing as the empty string."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return str(value)
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    for name in names:
+        if name in row and row[name] is not None and row[name] != "" and row[name] != []:
+            return row[name]
+    return None
+
+
+def _texts(value: Any) -> list[str]:
+    """The non-empty texts of a cell: one, several, or annotators' answers as {"answer": ...}."""
+    items = value if isinstance(value, list | tuple) else [value]
+    inner = [item.get("answer", item.get("raw", "")) if isinstance(item, Mapping) else item for item in items]
+    return [text for text in (as_text(item).strip() for item in inner) if text]
+
+
+def _images(row: Mapping[str, Any], find: Find) -> tuple[ImageSource, ...]:
+    value = _first(row, IMAGE_COLUMNS)
+    if value is None:
+        raise RowError("no picture column", ", ".join(map(str, row))[:80])
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple(find(item) for item in items)
+
+
+def _meta(row: Mapping[str, Any]) -> dict[str, str]:
+    used = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *TALK_COLUMNS, *ID_COLUMNS}
+    plain = (str, int, float, bool)
+    return {str(k): as_text(v) for k, v in row.items() if k not in used and isinstance(v, plain) and v != ""}
+
+
+def _turn(role: str, text: str, next_image: int, total: int) -> tuple[Turn, int]:
+    """A turn with a slot where its text has a placeholder (as far as there are pictures)."""
+    parts: list[str | ImageSlot] = []
+    pieces = text.split(PLACEHOLDER)
+    for number, piece in enumerate(pieces):
+        if number and role == "user" and next_image < total:
+            parts.append(ImageSlot(next_image))
+            next_image += 1
+        elif number:
+            parts.append(PLACEHOLDER)
+        if piece.strip():
+            # LLaVA writes "<image>\nQuestion": the line break belongs to the placeholder.
+            parts.append(piece.strip("\n") if len(pieces) > 1 else piece.strip())
+    return Turn("user" if role == "user" else "assistant", tuple(parts)), next_image
+
+
+def _talk(value: Any, images: tuple[ImageSource, ...]) -> list[Turn]:
+    if isinstance(value, str):
+        try:
+            value = load_json(value)
+        except json.JSONDecodeError:
+            raise RowError("conversation is no list", value[:60]) from None
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise RowError("conversation is no list", as_text(value)[:60])
+    turns: list[Turn] = []
+    used = 0
+    for item in value:
+        role = ROLES.get(as_text(item.get("from", item.get("role"))).lower())
+        if role is None:
+            raise RowError("unknown speaker", as_text(item.get("from", item.get("role")))[:40])
+        text = item.get("value", item.get("content", ""))
+        if isinstance(text, list):  # chat layout: parts of type text or image
+            text = "".join(
+                PLACEHOLDER if p.get("type") in ("image", "image_url") else as_text(p.get("text"))
+                for p in text
+            )
+        turn, used = _turn(role, as_text(text), used, len(images))
+        turns.append(turn)
+    rest = tuple(ImageSlot(i) for i in range(used, len(images)))
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if rest and first is not None:  # pictures that no placeholder names stand before the first question
+        turns[first] = Turn("user", (*rest, *turns[first].parts))
+    return turns
+
+
+def _from_talk(
+    value: Any, images: tuple[ImageSource, ...], id: str, meta: Mapping[str, str]
+) -> list[Example]:
+    turns = _talk(value, images)
+    if not turns or turns[0].role != "user":
+        raise RowError("conversation does not begin with a question")
+    examples = []
+    for number, turn in enumerate(turns):
+        if turn.role != "assistant" or not turn.text.strip() or turns[number - 1].role != "user":
+            continue
+        history = tuple(turns[:number])
+        used = sorted({p.index for t in history for p in t.parts if isinstance(p, ImageSlot)})
+        if used != list(range(len(used))):
+            raise RowError("pictures out of order")
+        name = id if number == 1 else f"{id}@{number // 2}"
+        examples.append(Example(images[: len(used)], history, (turn.text.strip(),), name, meta))
+    if not examples:
+        raise RowError("no answer")
+    return examples
+
+
+def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
+    """The examples of one row: one, or one per assistant turn of a conversation.
+
+    Args:
+        row: column -> value.
+        where: the row's place; it is the id where the row has none.
+        find: a cell of the picture column -> what the picture is opened from; raises `RowError`.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    images = _images(row, find)
+    id = as_text(_first(row, ID_COLUMNS)) or where
+    meta = _meta(row)
+    talk = _first(row, TALK_COLUMNS)
+    if talk is not None:
+        return _from_talk(talk, images, id, MappingProxyType({"task": "vqa"} | meta))
+    slots = tuple(ImageSlot(i) for i in range(len(images)))
+    question = as_text(_first(row, QUESTION_COLUMNS)).strip()
+    if question:
+        answers = next((found for name in ANSWER_COLUMNS if (found := _texts(row.get(name)))), [])
+        if not answers:
+            raise RowError("empty answer", question[:60])
+        frozen = MappingProxyType({"task": "vqa"} | meta)
+        return [Example(images, (Turn("user", (*slots, question)),), tuple(answers), id, frozen)]
+    captions = next((found for name in CAPTION_COLUMNS if (found := _texts(row.get(name)))), [])
+    if not captions:
+        known = any(name in row for name in (*CAPTION_COLUMNS, *QUESTION_COLUMNS))
+        raise RowError("empty text" if known else "no text or question column", ", ".join(map(str, row))[:80])
+    frozen = MappingProxyType({"task": "caption"} | meta)
+    return [Example(images, (Turn("user", (*slots, CAPTION_PROMPT)),), tuple(captions), id, frozen)]
+
+
+def picture_finder(base: Path) -> Find:
+    """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both."""
+
+    def find(value: Any) -> ImageSource:
+        if isinstance(value, Mapping):
+            if value.get("bytes"):
+                return bytes(value["bytes"])
+            value = value.get("path")
+        if isinstance(value, bytes):
+            return value
+        name = as_text(value).strip()
+        if not name:
+            raise RowError("no picture named")
+        if "://" in name:
+            raise RowError("picture is a web address", name[:80])
+        path = base / name
+        if not path.is_file():
+            raise RowError("picture missing", name[:80])
+        return path
+
+    return find

@@ -1,0 +1,124 @@
+"""Local tables with pictures beside them: image folders, CSV, TSV, JSON lines, JSON lists."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm.data.convert.common import read_text
+from vlm.data.example import Example
+from vlm.data.rows import BadRow, RowError, examples_from_row, load_json, picture_finder
+from vlm.errors import DataError
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+CELL_LIMIT = 1 << 24
+Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
+
+
+def csv_rows(text: str, name: str, delimiter: str = ",") -> Rows:
+    """(place, row) of a CSV text with a header; columns of one name (five "caption"s) become a list.
+
+    Raises:
+        DataError: there is no header.
+    """
+    csv.field_size_limit(CELL_LIMIT)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [cell.strip() for cell in next(reader, [])]
+    if not any(header):
+        raise DataError(f"{name} has no header row (file_name,text or file_name,question,answer)")
+    number = 1
+    while True:
+        number += 1
+        place = f"{name}:{number}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield place, BadRow(place, "not CSV", str(error))
+            continue
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            yield place, BadRow(place, "wrong number of cells", f"{len(cells)} instead of {len(header)}")
+            continue
+        row: dict[str, Any] = {}
+        for column, cell in zip(header, cells, strict=True):
+            row[column] = [*row[column], cell] if isinstance(row.get(column), list) else (
+                [row[column], cell] if column in row else cell
+            )  # fmt: skip
+        yield place, row
+
+
+def jsonl_rows(text: str, name: str) -> Rows:
+    """(place, row) of a text with one JSON object a line; a broken line is a `BadRow`."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{name}:{number}"
+        try:
+            row = load_json(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield place, BadRow(place, "not JSON", str(error))
+            continue
+        yield place, row if isinstance(row, dict) else BadRow(place, "not a JSON object", line[:60])
+
+
+def json_list_rows(table: list[Any], name: str) -> Rows:
+    """(place, row) of a JSON list of objects, as LLaVA's instruction files are."""
+    for number, row in enumerate(table):
+        place = f"{name}[{number}]"
+        yield place, row if isinstance(row, dict) else BadRow(place, "not a JSON object", str(row)[:60])
+
+
+def to_examples(rows: Rows, base: Path) -> Iterator[Example | BadRow]:
+    """Rows with pictures below `base` -> examples, and the rows that cannot be used."""
+    find = picture_finder(base)
+    for place, row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            yield from examples_from_row(row, place, find)
+        except RowError as error:
+            yield BadRow(place, error.cause, error.detail)
+
+
+def text_rows(path: Path, text: str | None = None) -> Rows:
+    """The rows of a CSV, TSV or JSONL file (by its suffix).
+
+    Raises:
+        DataError: the file is missing, not UTF-8, or has no header.
+    """
+    content = read_text(path) if text is None else text
+    if path.suffix == ".jsonl":
+        return jsonl_rows(content, path.name)
+    return csv_rows(content, path.name, "\t" if path.suffix == ".tsv" else ",")
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The table of an image folder, or None.
+
+    Raises:
+        DataError: there are two.
+    """
+    found = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{folder} has both {found[0].name} and {found[1].name}: remove one")
+    return found[0] if found else None
+
+
+def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
+    """The examples of a folder with `metadata.csv` or `metadata.jsonl` (the imagefolder convention).
+
+    Raises:
+        DataError: the folder has no such file, or two.
+    """
+    path = metadata_file(folder)
+    if path is None:
+        raise DataError(f"{folder} has no metadata.csv or metadata.jsonl (columns file_name and text)")
+    return to_examples(text_rows(path), folder)
