@@ -128,8 +128,9 @@ def _snapshot(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # The client library's own base class: which library it is depends on the version.
-    network = [k for k in HfHubHTTPError.__mro__ if issubclass(k, Exception) and k.__name__ == "HTTPError"]
+    # With the client library's own base class: which library it is depends on the version.
+    bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    failures: tuple[type[Exception], ...] = (OSError, *(k for k in bases if issubclass(k, Exception)))
     fetch = partial(
         snapshot_download, repository, revision=revision, allow_patterns=files, ignore_patterns=ELSEWHERE
     )
@@ -147,7 +148,7 @@ def _snapshot(
             ) from problem
     try:
         return Path(fetch()), "hub"
-    except (*network, LocalEntryNotFoundError, OSError) as problem:
+    except failures as problem:
         reason = str(problem).strip().split("\n")[0][:200] or type(problem).__name__
         raise WeightsError(
             f"{model_id} could not be fetched from the Hugging Face hub: {reason}"
