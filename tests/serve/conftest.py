@@ -95,7 +95,7 @@ def launch(adapter: Path, *options: str, key: str = "") -> Server:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [*command, "--offline", "--threads", "1", *options],
+        [*command, "--offline", "--threads", "1", "--answer-tokens", "24", *options],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     server = Server("", process, key)

@@ -66,11 +66,15 @@ def numbers(server: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/ready"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/model"),
-     ("GET", "/v1/page"), ("POST", "/v1/chat/completions"), ("POST", "/v1/feedback"), ("GET", "/openapi.json"),
-     ("GET", "/docs"), ("GET", "/nothing"), ("GET", "//health"), ("GET", "/health/"), ("GET", "/health/../metrics"),
-     ("GET", "/HEALTH"), ("GET", "/page/"), ("GET", "/page/../v1/models"), ("GET", "/v1/models?path=/health"),
-     ("GET", "/v1/models;/health"), ("OPTIONS", "/v1/models"), ("BREW", "/v1/models"), ("HEAD", "/v1/models")],
+    [
+        *(("GET", path) for path in (
+            "/ready", "/metrics", "/v1/models", "/v1/models/model", "/v1/page", "/openapi.json", "/docs",
+            "/nothing", "//health", "/health/", "/health/../metrics", "/HEALTH", "/page/",
+            "/page/../v1/models", "/v1/models?path=/health", "/v1/models;/health",
+        )),
+        ("POST", "/v1/chat/completions"), ("POST", "/v1/feedback"), ("OPTIONS", "/v1/models"),
+        ("BREW", "/v1/models"), ("HEAD", "/v1/models"),
+    ],
 )  # fmt: skip
 def test_without_a_key_nothing_answers(small: Any, method: str, path: str) -> None:
     with closing(socket.create_connection(("127.0.0.1", small.port), timeout=20)) as connection:

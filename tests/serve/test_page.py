@@ -16,12 +16,13 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium found: apt-get install chromium")
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+    "--disable-sync", "--no-first-run",
+    "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
 ]  # fmt: skip
 SHOTS = os.environ.get("VLM_SCREENSHOTS")
 """A folder to leave screenshots in (`docs/` when they are renewed)."""
@@ -46,8 +47,8 @@ def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(permissions=["camera", "clipboard-read", "clipboard-write"], **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        page.set_default_timeout(120_000)
+        expect.set_options(timeout=120_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: complaints.append(m.text) if "Content Security" in m.text else None)
         home = (url, "data:", "blob:")
@@ -85,6 +86,11 @@ def ask(page: Any, question: str, *paths: Path) -> Any:
     return answer
 
 
+def canned(text: str) -> str:
+    """A stream that says this, for tests that are not about what the model says."""
+    return 'data: {"choices":[{"delta":{"content":"%s"}}]}\n\ndata: [DONE]\n\n' % text
+
+
 def shoot(page: Any, name: str) -> None:
     if SHOTS:
         page.screenshot(path=str(Path(SHOTS) / name))
@@ -118,7 +124,7 @@ def test_several_pictures_turns_copy_and_starting_anew(
         make.user("Compare them.", *(make.data_url(files(i).read_bytes()) for i in (1, 2)))
     ]
     for text, following in zip(texts, ("And now?", None), strict=True):
-        reply = server.chat(messages=messages, max_tokens=128)
+        reply = server.chat(messages=messages, max_tokens=24)
         assert reply.json()["choices"][0]["message"]["content"] == text
         messages += [{"role": "assistant", "content": text}, make.user(following or "")]
     first.locator(".copy").click()
@@ -234,9 +240,9 @@ def test_a_stream_that_breaks_says_so(visit: Any, files: Any) -> None:
 
 def test_model_output_stays_text(visit: Any, files: Any) -> None:
     page = visit()
-    text = "<img src=x onerror=window.hacked=1> ![x](https://evil.example/y.png) <script>window.hacked=1</script>"
-    frames = f'data: {{"choices":[{{"delta":{{"content":"{text}"}}}}]}}\n\ndata: [DONE]\n\n'
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=frames))
+    text = "<img src=x onerror=window.hacked=1> ![x](https://evil.example/y.png) "
+    text += "<script>window.hacked=1</script>"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=canned(text)))
     answer = ask(page, text, files(1))
     expect(answer.locator(".words")).to_have_text(text)
     assert answer.locator(".words img, .words script").count() == 0
@@ -304,6 +310,8 @@ def test_a_key_is_asked_for(visit: Any, start: Any, tmp_path_factory: pytest.Tem
 def test_accessibility_and_width(visit: Any, files: Any, scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = visit(viewport={"width": width, "height": 760}, color_scheme=scheme, bypass_csp=True)
+    answer = canned("four squares of many colours side by side")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=answer))
     for stage in ("start", "answered", "opinion"):
         if stage == "answered":
             ask(page, "What is it?", files(1))

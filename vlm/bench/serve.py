@@ -271,7 +271,8 @@ def speedup(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     thread.join()
     same = sum(one == other.strip() for one, other in zip(alone, together, strict=True))
     result = {
-        "threads": args.threads, "one_by_one_seconds": round(one_by_one, 2), "at_once_seconds": round(at_once, 2),
+        "threads": args.threads,
+        "one_by_one_seconds": round(one_by_one, 2), "at_once_seconds": round(at_once, 2),
         "times_sooner": round(one_by_one / at_once, 2), "equal_answers": same,
     }  # fmt: skip
     return result, True

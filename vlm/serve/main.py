@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deadline", type=float, default=120.0, help="seconds an answer may take (default: 120)"
     )
+    parser.add_argument(
+        "--answer-tokens",
+        type=int,
+        default=128,
+        help="longest answer when a request does not say (default: 128)",
+    )
     parser.add_argument("--quiet", action="store_true", help="log warnings only")
     add_common(parser)
     return parser
@@ -88,9 +94,9 @@ def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
     from vlm.serve.keys import Keys
     from vlm.serve.settings import Settings
 
-    for option, least in (("slots", 1), ("queue", 0), ("deadline", 1)):
+    for option, least in (("slots", 1), ("queue", 0), ("deadline", 1), ("answer_tokens", 1)):
         if getattr(args, option) < least:
-            raise ConfigError(f"--{option} must be at least {least}")
+            raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")
     allowed_hosts(args.allow_image_host)
     local = _is_local(args.host)
     if not local and args.api_key_file is None and not args.insecure_public:
@@ -105,6 +111,7 @@ def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
     settings = Settings(
         image_hosts=tuple(args.allow_image_host), hosts=names, origins=tuple(args.allow_origin),
         feedback=args.feedback, slots=args.slots, queue=args.queue, deadline=args.deadline,
+        default_new_tokens=args.answer_tokens,
     )  # fmt: skip
     return settings, keys
 
