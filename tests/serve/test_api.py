@@ -223,6 +223,23 @@ def test_a_foreign_host_name_is_refused(server: Any) -> None:
     assert "access-control-allow-origin" not in reply.headers
 
 
+def test_where_an_answer_came_from(server: Any, make: Any) -> None:
+    body = {
+        "model": "model",
+        "messages": [make.user("What?", make.url(1), make.url(2))],
+        "answer": "a red square",
+    }
+    reply = httpx.post(f"{server.url}/v1/attention", json=body, timeout=60)
+    maps = reply.json()["images"]
+    assert [len(one["values"]) for one in maps] == [one["rows"] * one["columns"] for one in maps]
+    assert len(maps) == 2 and maps[0]["values"] != maps[1]["values"]
+    for one in maps:
+        assert sum(one["values"]) == pytest.approx(1)
+        assert min(one["values"]) >= 0 and max(one["values"]) > 2 / len(one["values"])
+    assert httpx.post(f"{server.url}/v1/attention", json={**body, "model": "x"}).status_code == 404
+    assert httpx.post(f"{server.url}/v1/attention", json={**body, "answer": ""}).status_code == 422
+
+
 def waits_for(condition: Callable[[], bool], seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -88,7 +88,7 @@ def ask(page: Any, question: str, *paths: Path) -> Any:
 
 def canned(text: str) -> str:
     """A stream that says this, for tests that are not about what the model says."""
-    return 'data: {"choices":[{"delta":{"content":"%s"}}]}\n\ndata: [DONE]\n\n' % text
+    return f'data: {{"choices":[{{"delta":{{"content":"{text}"}}}}]}}\n\ndata: [DONE]\n\n'
 
 
 def shoot(page: Any, name: str) -> None:
@@ -265,6 +265,19 @@ def test_feedback_with_consent_shown(visit: Any, server: Any, files: Any) -> Non
     answer.locator(".opinion .primary").click()
     expect(answer.locator(".thanks")).to_contain_text("Thank you")
     assert opinions(server) - before == {("down", "mostly red")}
+
+
+def test_where_it_looked(visit: Any, files: Any) -> None:
+    page = visit()
+    answer = ask(page, "Compare them.", files(1), files(2))
+    answer.locator(".look").click()
+    maps = answer.locator(".looked canvas")
+    expect(maps).to_have_count(2)
+    expect(maps.first).to_have_attribute("aria-label", re.compile("looked mostly at the"))
+    expect(answer.locator(".look")).to_have_attribute("aria-pressed", "true")
+    shoot(page, "page-looked.png")
+    answer.locator(".look").click()
+    expect(answer.locator(".looked")).to_be_hidden()
 
 
 def opinions(server: Any) -> set[tuple[str, str | None]]:

@@ -22,6 +22,8 @@ from vlm.serve.gate import Gate
 from vlm.serve.limits import BodyLimit
 from vlm.serve.metrics import CONTENT_TYPE, Metrics
 from vlm.serve.schemas import (
+    AttentionMaps,
+    AttentionRequest,
     ChatCompletion,
     ChatRequest,
     ErrorBody,
@@ -99,7 +101,7 @@ def _schema(app: FastAPI, locked: bool) -> Callable[[], dict[str, Any]]:
                 title=app.title, version=app.version, description=app.description, routes=app.routes
             )
             _, bodies = models_json_schema(
-                [(ChatRequest, "validation"), (FeedbackRequest, "validation")],
+                [(body, "validation") for body in (ChatRequest, FeedbackRequest, AttentionRequest)],
                 ref_template="#/components/schemas/{model}",
             )
             components = schema.setdefault("components", {})
@@ -184,7 +186,7 @@ def _add_models(app: FastAPI, model_id: str, settings: Settings, feedback: bool)
     async def page() -> PageConfig:
         """What the page may offer."""
         return PageConfig(
-            model=model_id, feedback=feedback, attention=False, max_images=settings.max_images,
+            model=model_id, feedback=feedback, attention=True, max_images=settings.max_images,
             max_image_bytes=settings.max_image_bytes, max_text=settings.max_text,
         )  # fmt: skip
 
@@ -197,6 +199,15 @@ def _add_chat(app: FastAPI, conversing: Conversing, settings: Settings) -> None:
     async def chat(request: Request) -> Response:
         """Answer the last user's message, whole or as a stream."""
         return await conversing.respond(await _parse(request, ChatRequest, settings), request.receive)
+
+    @app.post(
+        "/v1/attention",
+        responses=_documented(*_WITH_BODY, 404, 503, 504),
+        openapi_extra=_body("AttentionRequest"),
+    )
+    async def attention(request: Request) -> AttentionMaps:
+        """Which parts of its pictures an answer leans on."""
+        return await conversing.look(await _parse(request, AttentionRequest, settings), request.receive)
 
 
 def _add_feedback(app: FastAPI, store: FeedbackStore | None, desk: Desk, settings: Settings) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from vlm.serve.errors import APIError
 from vlm.serve.pictures import Desk, Question
 from vlm.serve.schemas import (
     AnswerMessage,
+    AttentionMaps,
+    AttentionRequest,
     ChatCompletion,
     ChatRequest,
     Choice,
@@ -92,10 +95,13 @@ class Conversing:
         Raises:
             APIError: 404 `model_not_found`, 400 `unsupported_parameter`.
         """
-        if chat.model != self.model_id:
+        self._check_model(chat.model)
+        refuse_unsupported(chat)
+
+    def _check_model(self, name: str) -> None:
+        if name != self.model_id:
             message = f"This server has no model of that name; it serves {self.model_id!r}."
             raise APIError(404, message, code="model_not_found", param="model")
-        refuse_unsupported(chat)
 
     async def respond(self, chat: ChatRequest, receive: Receive) -> Response:
         """The whole answer, or a stream whose first piece is there.
@@ -115,6 +121,26 @@ class Conversing:
             place.__exit__(None, None, None)
             return head
         return EventStream(head, place, seconds=self._settings.deadline + _GRACE)
+
+    async def look(self, asked: AttentionRequest, receive: Receive) -> AttentionMaps:
+        """Where an answer came from.
+
+        Raises:
+            APIError: as `respond`.
+            ClientGone: the client hung up.
+        """
+        self._check_model(asked.model)
+        with self._engine.admit(1) as place:
+            return await while_connected(receive, self._look(asked, place))
+
+    async def _look(self, asked: AttentionRequest, place: Place) -> AttentionMaps:
+        from vlm.serve.attention import where_it_looked
+
+        async with _until(place.deadline):
+            question = await self._desk.question(asked.messages, asked.answer)
+            return AttentionMaps(
+                images=await self._engine.run(lambda: where_it_looked(self._engine.model, question))
+            )
 
     async def _begin(self, chat: ChatRequest, place: Place) -> Response | AsyncIterator[bytes]:
         async with _until(place.deadline):
@@ -154,10 +180,18 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _until(deadline: float) -> asyncio.Timeout:
-    """A timeout at a point of the monotonic clock."""
-    loop = asyncio.get_running_loop()
-    return asyncio.timeout_at(loop.time() + deadline - time.monotonic())
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """Ends what is inside at a point of the monotonic clock.
+
+    Raises:
+        APIError: 504.
+    """
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise APIError(504, "The answer was not ready before the server's deadline.") from None
 
 
 def _frame(value: dict[str, Any]) -> bytes:
@@ -269,6 +303,3 @@ async def _frames(chat: ChatRequest, tickets: Sequence[Ticket], model_id: str) -
     if with_usage:
         yield _frame({**head, "choices": [], "usage": _usage(tickets, counted).model_dump()})
     yield b"data: [DONE]\n\n"
-
-
-Handler = Callable[[ChatRequest, Receive], Awaitable[Response]]

@@ -13,10 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm.config import GenerationConfig
 from vlm.serve.errors import APIError, overloaded
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vlm.generation import DecodeBatch, Event, Writer
     from vlm.model import VLM
 
+T = TypeVar("T")
 logger = logging.getLogger("vlm.serve")
 _JOINING = 4
 """Requests read between two steps: more would make the running answers stutter."""
@@ -114,6 +116,7 @@ class Engine:
         self._metrics = metrics
         self._make_batch = make_batch
         self._waiting: deque[Ticket] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running: dict[int, tuple[Ticket, Writer]] = {}
         self._wake = threading.Condition()
         self._admitted = 0
@@ -170,6 +173,18 @@ class Engine:
             self._waiting.extend(tickets)
             self._wake.notify()
 
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do something else with the model, between two decoding steps.
+
+        Raises:
+            APIError: 500 when it fails, 503 when the server stops.
+        """
+        future: Future[T] = Future()
+        with self._wake:
+            self._jobs.append((work, future))
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
     # --- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -190,16 +205,28 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not self._stopping and not self._waiting and not self._running:
+            while not (self._stopping or self._waiting or self._running or self._jobs):
                 self._wake.wait()
             return not self._stopping
 
     def _turn(self, batch: DecodeBatch) -> None:
         self._drop(batch)
         self._join(batch)
+        self._do_one_job()
         if self._running:
             for event in batch.step():
                 self._hand_over(event)
+
+    def _do_one_job(self) -> None:
+        if not self._jobs:
+            return
+        work, future = self._jobs.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except Exception:
+                logger.exception("a job between two steps failed")
+                future.set_exception(_failed())
 
     def _drop(self, batch: DecodeBatch) -> None:
         """Take out who has gone and who is late."""
@@ -270,6 +297,10 @@ class Engine:
             if self._stopping:
                 tickets += self._waiting
                 self._waiting.clear()
+                for _, future in self._jobs:
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(error)
+                self._jobs.clear()
         for ticket in tickets:
             self._end(ticket, "error", error)
 

@@ -104,15 +104,15 @@ class Desk:
         self._limits = Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="vlm-pictures")
 
-    async def question(self, messages: Sequence[Message]) -> Question:
-        """The conversation of a chat request.
+    async def question(self, messages: Sequence[Message], answer: str | None = None) -> Question:
+        """The conversation of a chat request, with the answer that was given to it where that is wanted.
 
         Raises:
             APIError: 400 for anything in the messages that cannot be used.
         """
         turns, urls = self._outline(messages)
         # Words first: a conversation that is too long is refused before any picture is opened.
-        row = await self.run(lambda: self._row(Conversation(tuple(b"" for _ in urls), turns)))
+        row = await self.run(lambda: self._row(Conversation(tuple(b"" for _ in urls), turns), answer))
         encoded = await self._each(urls, lambda picture: self._model.encode([picture]))
         return Question(row, await self.run(lambda: self._stacked(encoded)))
 
@@ -178,9 +178,9 @@ class Desk:
 
         return torch.cat(list(encoded)) if encoded else self._model.encode([])
 
-    def _row(self, conversation: Conversation) -> Row:
+    def _row(self, conversation: Conversation, answer: str | None) -> Row:
         try:
-            tokens = self._model.processor.tokens(conversation)
+            tokens = self._model.processor.tokens(conversation, answer)
         except DataError as error:
             raise _bad(str(error), "context_length_exceeded") from None
         if len(tokens) >= self._settings.context:

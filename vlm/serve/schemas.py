@@ -126,6 +126,28 @@ class FeedbackRequest(Strict):
     model: Annotated[str, Field(max_length=200)] = ""
 
 
+class AttentionRequest(Strict):
+    """The body of `POST /v1/attention`: a conversation and the answer that was given to it."""
+
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=128)]
+    answer: Annotated[str, Field(min_length=1, max_length=20_000)]
+
+
+class HeatMap(BaseModel):
+    """How much an answer leans on each cell of a picture's grid, row by row; the values add up to 1."""
+
+    rows: int
+    columns: int
+    values: list[float]
+
+
+class AttentionMaps(BaseModel):
+    """One map for each picture, in the order they were sent."""
+
+    images: list[HeatMap]
+
+
 class Usage(BaseModel):
     """Tokens read and written; an image of a soft-token adapter counts its tokens."""
 
