@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -62,9 +63,12 @@ def _model(args: argparse.Namespace) -> VLM:
     from vlm.model import VLM
     from vlm.weights_cache import cache_root
 
+    device = args.device
+    if device == "cuda" and runner.rank_and_world()[1] > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process
     return VLM.from_pretrained(
         args.adapter,
-        device=args.device,
+        device=device,
         dtype=args.dtype,
         offline=args.offline,
         allow_different_frozen=args.allow_different_frozen,

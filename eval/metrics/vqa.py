@@ -50,14 +50,15 @@ CONTRACTIONS = _contractions()
 
 def normalise(answer: str) -> str:
     """The answer without punctuation, articles and case, numbers as digits, contractions with apostrophes."""
-    return _words(_punctuation(_one_line(answer)))
+    return _words(punctuation(_one_line(answer)))
 
 
 def _one_line(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _punctuation(answer: str) -> str:
+def punctuation(answer: str) -> str:
+    """The first half of `normalise`: marks go or become spaces, full stops go."""
     number = _COMMA.search(answer) is not None
     text = answer
     for mark in _MARKS:
@@ -81,7 +82,7 @@ def vqa_accuracy(answer: str, references: Sequence[str], *, strict: bool = True)
     """
     answer, given = _one_line(answer), [_one_line(reference) for reference in references]
     if not strict or len(set(given)) > 1:
-        answer, given = _words(_punctuation(answer)), [_words(_punctuation(text)) for text in given]
+        answer, given = _words(punctuation(answer)), [_words(punctuation(text)) for text in given]
     same = [reference.lower() == answer.lower() for reference in given]
     if len(same) < ENOUGH:
         return float(any(same))

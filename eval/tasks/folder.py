@@ -2,7 +2,8 @@
 
 `folder-caption` wants the columns file_name and caption (or text; several rows a picture are several
 references); `folder-vqa` file_name, question and answer (or answers, a JSON list), and takes question_type.
-Metadata may lie in a subfolder called after the split.
+Metadata may lie in a subfolder called after the split. Without metadata `--data` may be anything that
+`vlm.data` reads: a CSV or JSONL file, COCO or LLaVA JSON, Parquet, WebDataset shards, a hub id.
 """
 
 from __future__ import annotations
@@ -10,17 +11,36 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm.config import CAPTION_PROMPT
 from vlm.data.convert.common import first_existing, make_example, read_text
 from vlm.data.example import Example
+from vlm.data.readers import read_source
 from vlm.errors import DataError
 from vlm.eval.scorers import caption_scores, exact, item_scores, normalised, strict
-from vlm.eval.task import Task
+from vlm.eval.task import Task, question
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+def has_metadata(root: Path, split: str) -> bool:
+    """Whether this is an image folder."""
+    return any((folder / name).is_file() for folder in (root, root / split) for name in METADATA)
+
+
+def elsewhere(root: Path, split: str) -> list[Example]:
+    """The examples of any other source.
+
+    Raises:
+        DataError: a row that cannot be used; in an evaluation none is left out.
+    """
+    reading = read_source(root, "train" if split == "all" else split, divide=False)
+    if reading.bad:
+        raise DataError(f"{root}: {len(reading.bad)} rows cannot be used, the first: {reading.bad[0]}")
+    return reading.examples
 
 
 def rows(root: Path, split: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -57,6 +77,8 @@ def _picture(folder: Path, name: str, pictures: bool) -> Path:
 def read_captions(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per picture, its references in the rows' order."""
     assert root is not None
+    if not has_metadata(root, split):
+        return _together([e for e in elsewhere(root, split) if question(e) == CAPTION_PROMPT])
     folder, found = rows(root, split)
     captions: dict[str, list[str]] = {}
     for row in found:
@@ -70,9 +92,21 @@ def read_captions(root: Path | None, split: str, pictures: bool) -> list[Example
     ]
 
 
+def _together(examples: list[Example]) -> list[Example]:
+    """One example per picture: rows about one picture are its references."""
+    by_picture: dict[object, Example] = {}
+    for example in examples:
+        first = by_picture.setdefault(example.images[0], example)
+        if first is not example:
+            by_picture[example.images[0]] = replace(first, answers=(*first.answers, *example.answers))
+    return list(by_picture.values())
+
+
 def read_questions(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per row."""
     assert root is not None
+    if not has_metadata(root, split):
+        return [e for e in elsewhere(root, split) if question(e) != CAPTION_PROMPT]
     folder, found = rows(root, split)
     examples = []
     for number, row in enumerate(found):

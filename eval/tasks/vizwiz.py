@@ -24,7 +24,11 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     for row in rows:
         name = str(field(row, "image", path))
         answers = [str(field(each, "answer", path)) for each in field(row, "answers", path)]
-        meta = {"key": name, "answer_type": known(row.get("answer_type", "other"), TYPES, name, path)}
+        meta = {
+            "key": name,
+            "answer_type": known(row.get("answer_type", "other"), TYPES, name, path),
+            "confidences": "|".join(str(each.get("answer_confidence", "")) for each in row["answers"]),
+        }
         examples.append(make_example(find(name), str(field(row, "question", path)), answers, name, meta))
     return examples
 

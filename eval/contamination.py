@@ -1,0 +1,89 @@
+"""Training pictures that stand in the evaluation set, and the scores with and without them.
+
+Look-alikes are found by perceptual hash and then confirmed by the distance of their frozen features. Equal
+questions about other pictures are counted, not removed: most benchmarks repeat their questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.conversation import ImageSource
+from vlm.data.convert.common import IMAGE_SUFFIXES
+from vlm.data.duplicates import Print, leaks, print_of
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.eval import report
+from vlm.eval.task import question
+from vlm.images import open_picture
+
+if TYPE_CHECKING:
+    from vlm.eval.session import Session
+    from vlm.model import VLM
+
+NEAR = 0.9  # cosine of two pictures' mean features, from which they are the same picture
+
+
+def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, Any]:
+    """The report's part on contamination by the pictures below a training folder.
+
+    Returns:
+        how many pictures and examples of the evaluation stand in the training folder, which, the scores
+        without them, and the share of questions that training asks too (None without a training split).
+
+    Raises:
+        DataError: no pictures below the folder, or one that cannot be read.
+    """
+    files = sorted(path for path in train.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{train} holds no training pictures")
+    names = [str(example.images[0]) for example in session.examples]
+    held = {name: example.images[0] for name, example in zip(names, session.examples, strict=True)}
+    pairs = leaks(
+        [_print(str(path), path) for path in files], [_print(n, image) for n, image in held.items()]
+    )
+    found = {
+        one.name: other.name
+        for one, other in pairs
+        if one.sha256 == other.sha256 or same(session.model, held[one.name], other.name)
+    }
+    clean = [number for number, name in enumerate(names) if name not in found]
+    return {
+        "training_pictures": len(files),
+        "pictures": len(found),
+        "examples": len(names) - len(clean),
+        "pairs": sorted(found.items())[:100],
+        "without": _without(session, answers, clean) if found and clean else None,
+        "questions_seen": _seen(session),
+    }
+
+
+def _print(name: str, source: ImageSource) -> Print:
+    picture = open_picture(source)
+    return print_of(name, picture.sha256, picture.pixels)
+
+
+def same(model: VLM, one: ImageSource, other: ImageSource) -> bool:
+    """Whether the frozen features of two pictures, averaged over their places, all but coincide."""
+    import torch
+
+    first, second = (model.encode([open_picture(source)])[0].mean(dim=0) for source in (one, other))
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0)) >= NEAR
+
+
+def _without(session: Session, answers: Sequence[str], clean: Sequence[int]) -> dict[str, Any]:
+    kept: list[Example] = [session.examples[n] for n in clean]
+    scores = session.task.scores(kept, [answers[n] for n in clean], java=False)
+    block = report.scores_block(scores)
+    return {"n": len(kept), "metrics": block["metrics"], "intervals": block["intervals"]}
+
+
+def _seen(session: Session) -> float | None:
+    """Percent of the questions whose very words stand in the training split."""
+    try:
+        asked = {question(example).lower() for example in session.train()}
+    except DataError:
+        return None
+    return 100 * sum(question(e).lower() in asked for e in session.examples) / len(session.examples)

@@ -1,0 +1,127 @@
+"""The audit of scorers, and contamination."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm.data.convert.common import make_example
+from vlm.errors import ConfigError, DataError
+from vlm.eval import contamination, tasks
+from vlm.eval.audit import PROTOCOLS, audit
+from vlm.eval.main import main
+from vlm.eval.predictions import export
+from vlm.images import Picture
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def vqa(answers: list[str], **meta: Any) -> Any:
+    return make_example("x.jpg", "q?", answers, "1", meta)
+
+
+def scores(answer: str, example: Any) -> dict[str, float]:
+    found: dict[str, float] = audit([example], [answer])["scores"]
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def test_agreeing_references_are_not_normalised_by_the_official_rule_alone() -> None:
+    found = scores("the red", vqa(["red"] * 10))
+    assert found.pop("official") == 0.0
+    assert set(found.values()) == {100.0}
+
+
+def test_equal_annotations_without_ids_cancel() -> None:
+    example = vqa(["dog"] * 10, confidences="|".join(["yes"] * 10))
+    found = scores("dog", example)
+    assert (found["official"], found["llava"]) == (100.0, 100.0)
+    assert (found["lmms-eval"], found["open_flamingo"], found["lavis"]) == (0.0, 0.0, 0.0)
+    assert scores("dog", vqa(["dog"] * 10))["lmms-eval"] == 100.0
+
+
+def test_open_flamingo_cuts_at_the_first_comma() -> None:
+    found = scores("rice, beans", vqa(["rice"] * 5 + ["beans"] * 5))
+    assert (found["official"], found["open_flamingo"]) == (0.0, 100.0)
+
+
+def test_lavis_keeps_number_words_of_references() -> None:
+    found = scores("2", vqa(["two"] * 9 + ["three"]))
+    assert (found["official"], found["lavis"]) == (100.0, 0.0)
+
+
+def test_evalai_takes_the_possessive_apart() -> None:
+    found = audit([vqa(["joe diner"] * 9 + ["x"])], ["joe's diner"])
+    assert found["scores"]["llava"] == 0.0
+    found = audit([vqa(["joe's diner"] * 9 + ["x"])], ["joe 's diner"])
+    assert (found["scores"]["official"], found["scores"]["llava"]) == (0.0, 100.0)
+    assert any("llava: commas" in reason for reason in found["differing"][0]["why"])
+
+
+def test_every_differing_item_is_explained() -> None:
+    task = tasks.get("vizwiz")
+    examples = task.examples(FIXTURES / "vizwiz")
+    found = audit(examples, [e.answers[0] for e in examples])
+    assert found["scores"]["official"] == 100.0
+    assert found["scores"]["open_flamingo"] < 60.0
+    assert len(found["differing"]) == 12
+    assert all(row["why"] for row in found["differing"])
+    assert set(found["scores"]) == {protocol.name for protocol in PROTOCOLS}
+
+
+def test_audit_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = tasks.get("vqav2")
+    examples = task.examples(FIXTURES / "vqav2")
+    path, out = tmp_path / "p.json", tmp_path / "a.json"
+    path.write_text(json.dumps(export(task, examples, ["the red"] * 12)), encoding="utf-8")
+    arguments = ["--data", str(FIXTURES / "vqav2"), "--predictions", str(path), "--out", str(out)]
+    assert main(["audit", "vqav2", *arguments]) == 0
+    assert "all say 'red'" in capsys.readouterr().out
+    assert json.loads(out.read_text(encoding="utf-8"))["n"] == 12
+
+
+def test_too_few_references() -> None:
+    with pytest.raises(ConfigError, match="four references"):
+        audit([vqa(["a", "b"])], ["a"])
+
+
+class Eyes:
+    """Features: the picture's mean colour, at one place."""
+
+    def encode(self, pictures: list[Picture]) -> torch.Tensor:
+        mean = [torch.tensor(p.pixels.resize((1, 1)).getpixel((0, 0)), dtype=torch.float32) for p in pictures]
+        return torch.stack(mean)[:, None]
+
+
+def draw(path: Path, corner: int, **save: Any) -> Path:
+    pixels = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
+    pixels.paste((200, corner, 40), (corner % 64, corner // 4, 96, 64))
+    pixels.save(path, **save)
+    return path
+
+
+def test_contamination_counts_look_alikes_and_scores_without_them(tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    leaked = draw(tmp_path / "a.png", 10)
+    draw(train / "a.jpg", 10, quality=70)  # the same picture, compressed again
+    other = draw(tmp_path / "b.png", 120)
+    draw(train / "c.png", 250)
+    examples = [make_example(leaked, "what?", ["x"], "1"), make_example(other, "what?", ["y"], "2")]
+    session = SimpleNamespace(
+        examples=examples, model=Eyes(), task=tasks.get("folder-vqa"), train=lambda: examples[:1]
+    )
+    found = contamination.overlap(session, train, ["x", "no"])  # type: ignore[arg-type]
+    assert (found["pictures"], found["examples"], found["training_pictures"]) == (1, 1, 2)
+    assert found["pairs"] == [(str(leaked), str(train / "a.jpg"))]
+    assert found["without"]["n"] == 1
+    assert found["without"]["metrics"]["exact_match"] == 0.0
+    assert found["questions_seen"] == 100.0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no training pictures"):
+        contamination.overlap(session, tmp_path / "empty", ["x", "no"])  # type: ignore[arg-type]

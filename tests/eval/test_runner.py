@@ -1,0 +1,269 @@
+"""The run itself: order, resuming, errors, processes, controls, the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlm.conversation import Conversation
+from vlm.data.convert.common import make_example
+from vlm.errors import ConfigError, DataError
+from vlm.eval import controls, prompts, runner, session, tasks
+from vlm.eval.main import _parser
+from vlm.eval.predictions import AnswerFile, Prediction
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def load_parrot() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("parrot_for_eval", HERE / "parrot.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PARROT = load_parrot()
+
+
+def work(count: int = 10, **header: Any) -> runner.Work:
+    names = [f"item{number}" for number in range(count)]
+    conversations = [Conversation.ask([Path(f"{n}.jpg")], "what is it " * (len(n) % 3)) for n in names]
+    return runner.Work(names, conversations, {"batch_size": 2}, header)
+
+
+def run(model: Any, todo: runner.Work, path: Path) -> list[Prediction]:
+    return runner.answer_all(model, todo, path, "test", lambda text: None)
+
+
+def test_answers_come_in_the_items_order(tmp_path: Path) -> None:
+    todo = work()
+    found = run(PARROT.Parrot(), todo, tmp_path / "a.jsonl")
+    assert [each.id for each in found] == todo.ids
+    alone = [PARROT.Parrot().ask_batch([each])[0].text for each in todo.conversations]
+    assert [each.text for each in found] == alone
+
+
+def test_continues_without_asking_again(tmp_path: Path) -> None:
+    path, todo = tmp_path / "a.jsonl", work(11)
+    whole = run(PARROT.Parrot(), todo, path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:5]) + '\n{"id": "item', encoding="utf-8")  # four answers and half a line
+    again = PARROT.Parrot()
+    assert run(again, todo, path) == whole
+    assert len(again.asked) == 7
+    idle = PARROT.Parrot()
+    assert run(idle, todo, path) == whole
+    assert idle.asked == []
+
+
+def test_another_run_is_not_continued(tmp_path: Path) -> None:
+    run(PARROT.Parrot(), work(seed=1), tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match=r"seed was 1, is 2.*--restart"):
+        run(PARROT.Parrot(), work(seed=2), tmp_path / "a.jsonl")
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    file = AnswerFile(path, {})
+    file.load()
+    path.write_text(path.read_text(encoding="utf-8") + "{oops\n" * 2, encoding="utf-8")
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        file.load()
+
+
+def test_an_error_names_its_item_and_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"item item4: item4\.jpg is damaged"):
+        run(PARROT.Parrot(fails_on="item4.jpg"), work(), tmp_path / "a.jsonl")
+
+
+def test_a_bug_keeps_its_traceback_and_names_the_batch(tmp_path: Path) -> None:
+    class Buggy(PARROT.Parrot):  # type: ignore[misc,name-defined]
+        def ask_batch(self, conversations: Any, **generation: Any) -> Any:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(Buggy(), work(3), tmp_path / "a.jsonl")
+    assert any("item0" in note for note in caught.value.__notes__)
+
+
+def test_predicted_time_after_a_minute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
+    said: list[str] = []
+    runner.answer_all(PARROT.Parrot(), work(20), tmp_path / "a.jsonl", "test", said.append)
+    assert said == ["test: 8/20, 0.1 items/s, 1.5 minutes to go"]
+
+
+def parrot_run(out: Path, die_after: int, batch: int, **env: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(HERE / "parrot.py"), str(out), str(die_after), str(batch)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)
+
+
+def report(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in ("seconds", "predictions")}
+
+
+def test_killed_and_restarted_gives_the_same_report(tmp_path: Path) -> None:
+    assert parrot_run(tmp_path / "whole.json", 0, 1).wait() == 0
+    assert parrot_run(tmp_path / "killed.json", 5, 1).wait() == -9
+    assert not (tmp_path / "killed.json").exists()
+    assert 1 < len((tmp_path / "killed.answers.jsonl").read_text(encoding="utf-8").splitlines()) < 13
+    assert parrot_run(tmp_path / "killed.json", 20, 1).wait() == -9  # in the middle of the controls
+    assert parrot_run(tmp_path / "killed.json", 0, 1).wait() == 0
+    assert report(tmp_path / "killed.json") == report(tmp_path / "whole.json")
+
+
+def test_two_processes_and_batches_give_the_same_report(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    assert parrot_run(tmp_path / "one.json", 0, 32).wait() == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    }
+    both = [
+        parrot_run(tmp_path / "two.json", 0, 1, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in (0, 1)
+    ]
+    assert [each.wait(timeout=120) for each in both] == [0, 0]
+    assert report(tmp_path / "two.json") == report(tmp_path / "one.json")
+
+
+def conversations(names: list[str]) -> list[Conversation]:
+    return [Conversation.ask([Path(name)], f"q{number}") for number, name in enumerate(names)]
+
+
+def test_shuffled_moves_every_picture_and_keeps_the_words() -> None:
+    names = [f"{number % 7}.jpg" for number in range(20)]
+    before = conversations(names)
+    after = controls.shuffled(before)
+    assert all(old.images != new.images for old, new in zip(before, after, strict=True))
+    assert [each.turns for each in after] == [each.turns for each in before]
+    moved = dict(zip(names, [each.images[0].name for each in after], strict=True))  # type: ignore[union-attr]
+    assert sorted(moved.values()) == sorted(set(names))
+    assert controls.shuffled(before) == after
+    assert controls.shuffled(before[:3])[0].images[0] != before[0].images[0]
+
+
+def test_blank_and_no_image() -> None:
+    before = conversations(["a.jpg", "b.jpg"])
+    picture = PARROT.Parrot().blank_image()
+    assert [each.images for each in controls.blank(before, picture)] == [(picture,), (picture,)]
+    bare = controls.no_image(before)
+    assert all(not each.images for each in bare)
+    assert [each.turns[0].text for each in bare] == ["q0", "q1"]
+
+
+def test_prior_goes_from_question_to_type_to_all() -> None:
+    def example(question: str, answer: str, kind: str) -> Any:
+        return make_example("x.jpg", question, [answer], question, {"question_type": kind})
+
+    train = [
+        example("Is it red?", "no", "yes/no"),
+        example("is it  red?", "no", "yes/no"),
+        example("Is it red?", "yes", "yes/no"),
+        example("Is it big?", "yes", "yes/no"),
+        example("Is it far?", "yes", "yes/no"),
+        example("How many?", "2", "count"),
+        example("How many dogs?", "2", "count"),
+    ]
+    asked = [
+        example(q, "", k)
+        for q, k in (("Is it red?", "yes/no"), ("Is it wet?", "yes/no"), ("What?", "object"))
+    ]
+    assert controls.prior(train, asked)[:2] == ["no", "yes"]
+    assert controls.prior(train[:4] + train[5:], asked)[2] in ("no", "yes", "2")
+    assert controls.prior(train, asked) == controls.prior(train[::-1], asked)
+
+
+def options(*extra: str) -> Any:
+    return _parser().parse_args(["vqav2", "--data", str(HERE / "fixtures" / "vqav2"), *extra])
+
+
+def evaluated(tmp_path: Path, *extra: str, task: str = "vqav2", data: str = "vqav2") -> dict[str, Any]:
+    args = _parser().parse_args([task, "--data", str(HERE / "fixtures" / data), *extra])
+    chosen = tasks.get(task)
+    examples = session.limited(chosen.examples(args.data, args.split), args.limit)
+    return session.Session(chosen, args, PARROT.Parrot(), tmp_path / "r.json", examples).evaluate()
+
+
+def test_report_has_controls_and_text_only(tmp_path: Path) -> None:
+    block = evaluated(tmp_path)
+    assert set(block["controls"]) == {"blank", "shuffled", "no_image", "prior", "chance"}
+    assert block["controls"]["prior"]["metrics"] is None
+    assert "v2_OpenEnded_mscoco_train2014_questions.json" in block["controls"]["prior"]["reason"]
+    assert block["controls"]["chance"]["metrics"] is None
+    looked = {
+        name: block["controls"][name]["metrics"]["accuracy_strict"]
+        for name in ("blank", "shuffled", "no_image")
+    }
+    assert block["text_only"]["value"] == max(looked.values())
+    assert block["rates"]["empty"] == pytest.approx(
+        100 * sum(row["text"] == "" for row in _answers(tmp_path)) / 12
+    )
+    assert block["comparable"] is True
+    assert set(block["hashes"]) == {"adapter", "data", "prompt", "scorer"}
+
+
+def _answers(tmp_path: Path) -> list[dict[str, Any]]:
+    lines = (tmp_path / "r.answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_a_limited_run_is_marked(tmp_path: Path) -> None:
+    block = evaluated(tmp_path, "--limit", "5", "--controls", "none")
+    assert (block["n"], block["comparable"], block["controls"], block["text_only"]) == (5, False, {}, None)
+
+
+def test_choices_by_likelihood_and_by_letter(tmp_path: Path) -> None:
+    block = evaluated(tmp_path, "--split", "dev", "--controls", "none", task="aokvqa-choice", data="aokvqa")
+    # Parrot finds short answers likelier; the shortest choice is right three times.
+    assert block["metrics"]["accuracy"] == pytest.approx(25.0)
+    asked = evaluated(
+        tmp_path / "b", "--choices", "generation", "--controls", "none", task="aokvqa-choice", data="aokvqa"
+    )
+    assert asked["prompt"].endswith(prompts.LETTER_LINE)
+
+
+def shot_session(**changes: Any) -> Any:
+    args = SimpleNamespace(shots=2, shot_labels="true", shot_choice="random", **changes)
+    return SimpleNamespace(args=args, examples=[make_example("q.jpg", "What?", ["x"], "id1")])
+
+
+def test_shots_stand_before_the_question_and_depend_on_the_id_alone() -> None:
+    train = [make_example(f"{n}.jpg", f"t{n}?", [f"a{n}"], str(n)) for n in range(9)]
+    last = [Conversation.ask([Path("q.jpg")], "What?")]
+    found = prompts.with_shots(shot_session(), last, train)[0]
+    assert [turn.role for turn in found.turns] == ["user", "assistant"] * 2 + ["user"]
+    assert len(found.images) == 3
+    assert found.turns[-1].text == "What?"
+    assert found.turns[0].text.strip("t?") == found.turns[1].text.strip("a")
+    assert prompts.with_shots(shot_session(), last, train)[0] == found
+    with pytest.raises(ConfigError, match="wants 2 training examples, there are 1"):
+        prompts.with_shots(shot_session(), last, train[:1])
+
+
+def test_random_labels_come_from_other_examples() -> None:
+    train = [make_example(f"{n}.jpg", f"t{n}?", [f"a{n}"], str(n)) for n in range(50)]
+    session_ = shot_session()
+    session_.args.shot_labels = "random"
+    found = prompts.with_shots(session_, [Conversation.ask([Path("q.jpg")], "What?")], train)[0]
+    assert [turn.text.strip("t?") for turn in found.turns[:4:2]] != [
+        turn.text.strip("a") for turn in found.turns[1:4:2]
+    ]

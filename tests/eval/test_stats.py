@@ -1,0 +1,98 @@
+"""Intervals and comparisons against what is known in closed form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm.errors import DataError
+from vlm.eval import stats
+from vlm.eval.compare import compare
+from vlm.eval.main import main
+from vlm.eval.metrics.captions import bleu, score_captions
+from vlm.eval.predictions import export
+from vlm.eval.tasks import get
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_interval_is_the_normal_one_for_many_items() -> None:
+    values = np.random.default_rng(0).normal(50, 10, 2000)
+    low, high = stats.interval(values)
+    width = 2 * 1.96 * values.std() / np.sqrt(2000)
+    assert high - low == pytest.approx(width, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.05)
+    assert stats.interval(values) == (low, high)
+    assert stats.interval(np.full(5, 3.0)) == (3.0, 3.0)
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    chance = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        low, high = stats.interval(chance.binomial(1, 0.3, 200).astype(float), resamples=300, seed=trial)
+        hits += low <= 0.3 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_corpus_interval_of_a_mean_is_the_interval_of_the_mean() -> None:
+    values = np.random.default_rng(2).normal(0, 1, (400, 1))
+    counts = np.concatenate([values, np.ones_like(values)], axis=1)
+    found = stats.corpus_interval(counts, lambda sums: sums[:, :1] / sums[:, 1:])
+    assert found[0] == pytest.approx(stats.interval(values[:, 0]), abs=0.02)
+
+
+def test_corpus_interval_of_bleu_holds_bleu() -> None:
+    texts = [f"a {word} runs on the wide green field" for word in ("dog", "man", "cat", "cow", "boy") * 8]
+    references = [
+        [f"the {word} is running on a green field"] for word in ("dog", "man", "cat", "cow", "girl") * 8
+    ]
+    scores = score_captions(texts, references, java=False)
+    ends = stats.corpus_interval(scores.bleu_counts, bleu)
+    for n, (low, high) in enumerate(ends):
+        assert low <= scores.metrics[f"bleu_{n + 1}"] <= high
+
+
+def test_comparison_sees_a_difference_and_none() -> None:
+    chance = np.random.default_rng(3)
+    first = chance.normal(50, 10, 300)
+    better = stats.compare(first, first + chance.normal(3, 5, 300))
+    assert better.interval[0] > 1.5
+    assert better.p_value < 0.01
+    same = stats.compare(first, first + np.where(np.arange(300) % 2 == 0, 1.0, -1.0))
+    assert same.difference == pytest.approx(0.0)
+    assert same.p_value > 0.9
+    assert len(same.better) == len(same.worse) == 150
+
+
+def scored(tmp_path: Path, name: str, answer: str, data: Path = FIXTURES / "vqav2") -> Path:
+    task = get("vqav2")
+    examples = task.examples(data)
+    results = tmp_path / f"{name}.results.json"
+    results.write_text(json.dumps(export(task, examples, [answer] * 12)), encoding="utf-8")
+    out = tmp_path / f"{name}.json"
+    arguments = ["score", "vqav2", "--data", str(data), "--predictions", str(results), "--out", str(out)]
+    assert main([*arguments, "--no-html"]) == 0
+    return out
+
+
+def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = scored(tmp_path, "a", "yes"), scored(tmp_path, "b", "no")
+    found = compare(a, b)
+    row = found["metrics"]["accuracy_strict"]
+    assert row["difference"] == pytest.approx(row["b"] - row["a"])
+    assert {flip["id"] for flip in found["flipped"]} == {"42000", "136004", "192008"}
+    assert main(["compare", str(a), str(b)]) == 0
+    assert "Is this a farm?" in capsys.readouterr().out
+
+
+def test_reports_of_other_data_are_not_compared(tmp_path: Path) -> None:
+    a, b = scored(tmp_path, "a", "yes"), scored(tmp_path, "b", "no")
+    changed = json.loads(b.read_text(encoding="utf-8"))
+    changed["hashes"]["data"] = "0"
+    b.write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(DataError, match="different data"):
+        compare(a, b)
