@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from vlm.eval import stats
 from vlm.eval.metrics import answers as short
 from vlm.eval.metrics.captions import bleu, score_captions
 from vlm.eval.metrics.vqa import vqa_accuracy
+from vlm.eval.metrics.wordnet import find_wordnet
 from vlm.eval.metrics.wups import wups
 from vlm.eval.task import Scorer, Scores
 
@@ -127,10 +129,19 @@ vqa_scores = item_scores(
     {"accuracy_strict": strict, "accuracy_normalised": normalised}, by=("answer_type", "question_type")
 )
 choice_scores = item_scores({"accuracy": choice})
-daquar_scores = item_scores(
-    {"accuracy_single": single, "accuracy_all": soft(-1), "wups_0.9": soft(0.9), "wups_0.0": soft(0.0)},
-    by=("answer_count", "question_type"),
-)
+
+
+def daquar_scores(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
+    """Accuracy on single-answer questions first, then of all, then WUPS where WordNet is installed."""
+    metrics: dict[str, ItemScore] = {"accuracy_single": single, "accuracy_all": soft(-1)}
+    skipped = {}
+    try:
+        find_wordnet()
+        metrics |= {"wups_0.9": soft(0.9), "wups_0.0": soft(0.0)}
+    except DataError as error:
+        skipped = dict.fromkeys(("wups_0.9", "wups_0.0"), str(error))
+    found = item_scores(metrics, by=("answer_count", "question_type"))(examples, answers)
+    return replace(found, skipped=skipped)
 
 
 def uniform_chance(examples: Sequence[Example]) -> float:

