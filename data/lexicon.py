@@ -8,11 +8,14 @@ may show a car that no caption names).
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vlm.data.grammar import verbs
 
 PATH = Path(__file__).with_name("lexicon.json")
 
@@ -133,13 +136,25 @@ def _thing(name: str, row: dict[str, Any], irregular: dict[str, str]) -> tuple[T
         name=name,
         parent=row.get("is"),
         words=frozenset((*singular, *many)),
-        near=frozenset((*near, *(plural(word, irregular) for word in near))),
+        near=frozenset((*near, *(plural(word, irregular) for word in near), *_as_verbs(near))),
         needs=frozenset(_words(row.get("needs", ""))),
         rivals=tuple(_words(row.get("rivals", ""))),
         ask=bool(row.get("ask", True)),
         min_captions=int(row.get("min", 2)),
     )
     return thing, singular, many
+
+
+def _as_verbs(words: Iterable[str]) -> frozenset[str]:
+    """The forms of those of the words that are verbs ("surf" -> "surfs", "surfing")."""
+    table = verbs()
+    actions = {table.base[word] for word in words if word in table.base}
+    return frozenset(
+        form
+        for forms in (table.base, table.ing, table.third, table.past)
+        for form, action in forms.items()
+        if action in actions
+    )
 
 
 def _with_plurals(words: Iterable[str], irregular: dict[str, str]) -> frozenset[str]:
@@ -178,5 +193,7 @@ def load() -> Lexicon:
         mass=mass,
         verbs_too=_with_plurals(_words(table["verbs_too"]), irregular),
         colours=colours,
-        similar=frozenset(frozenset(pair) for pair in table["similar_colours"]),
+        similar=frozenset(
+            frozenset(pair) for row in table["similar_colours"] for pair in itertools.combinations(row, 2)
+        ),
     )

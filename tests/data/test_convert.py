@@ -1,0 +1,169 @@
+"""The public sets' downloads, read as they are, and written as image folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vlm.config import CAPTION_PROMPT
+from vlm.data.convert import daquar, flickr8k
+from vlm.data.convert.write import write_dataset
+from vlm.data.sources import read_dataset
+from vlm.data.text import normalise_caption
+from vlm.errors import DataError
+
+
+def test_flickr8k_keeps_the_official_order_and_the_raw_captions(flickr: Path) -> None:
+    train = read_dataset("flickr8k", flickr, "train")
+    assert [example.id for example in train] == ["flickr8k/b.jpg", "flickr8k/a.jpg"]
+    assert train[0].turns[0].text == CAPTION_PROMPT
+    assert train[0].answers[0] == 'Two men play "soccer" in a field .'
+    assert train[1].answers[2] == "A dog , black , runs"
+    assert [e.id for e in read_dataset("flickr8k", flickr.parent, "val")] == ["flickr8k/c.jpg"]
+
+
+def test_flickr8k_reads_the_older_layout(flickr: Path) -> None:
+    old = flickr.parent / "old"
+    old.mkdir()
+    (flickr / "Images").rename(old / "Flicker8k_Dataset")
+    captions = flickr8k.read_captions(flickr / "captions.txt")
+    lines = [f"{name}#{n}\t{text}" for name, texts in captions.items() for n, text in enumerate(texts)]
+    (old / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (old / "Flickr_8k.devImages.txt").write_text("c.jpg\n")
+    (example,) = read_dataset(old, split="dev")
+    assert example.answers == tuple(captions["c.jpg"])
+    assert Path(str(example.images[0])).is_file()
+
+
+def test_flickr8k_names_what_is_missing(flickr: Path) -> None:
+    with pytest.raises(DataError, match="testImages"):
+        read_dataset("flickr8k", flickr, "test")
+    (flickr / "Images" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 photographs of train .* a\.jpg"):
+        read_dataset("flickr8k", flickr, "train")
+    assert read_dataset("flickr8k", flickr, "dev"), "a split needs only its own pictures"
+    with pytest.raises(DataError, match="unknown split 'trian'"):
+        read_dataset("flickr8k", flickr, "trian")
+
+
+@pytest.mark.parametrize(
+    ("line", "question", "image"),
+    [
+        ("what is on the desk in the image3 ?", "what is on the desk?", "image3"),
+        (
+            "what is the largest brown objects in this image3 ?",
+            "what is the largest brown objects?",
+            "image3",
+        ),
+        ("how many cupboards are in image12 ?", "how many cupboards are?", "image12"),
+        ("how many chairs are there on the image888 ?", "how many chairs are there?", "image888"),
+        ("what is near the tape_dispenser in the image7 ?", "what is near the tape dispenser?", "image7"),
+        ("what is on the left side of the image944 ?", "what is on the left side of the image?", "image944"),
+    ],
+)
+def test_daquar_takes_the_picture_out_of_the_question(line: str, question: str, image: str) -> None:
+    assert daquar.clean_question(line) == (question, image)
+
+
+def test_daquar_answers(tmp_path: Path, save: Callable[..., Path]) -> None:
+    assert daquar.clean_answers("Book, scissor, , tape_dispenser, book,") == [
+        "book",
+        "scissor",
+        "tape dispenser",
+    ]
+    save(tmp_path / "images" / "image3.png", 1)
+    questions = "what is on the desk in the image3 ?\nbook, tape_dispenser\nhow many in the image3 ?\n2\n"
+    (tmp_path / "qa.37.raw.train.txt").write_text(questions)
+    first, second = daquar.read(tmp_path, "train")
+    assert first.answers == ("book, tape dispenser",)
+    assert (first.meta["answer_list"], first.meta["answer_count"]) == ("book|tape dispenser", 2)
+    assert second.meta["question_type"] == "count"
+    (tmp_path / "qa.37.raw.train.txt").write_text("what is here ?\nbook\n")
+    with pytest.raises(DataError, match="line 1: no picture is named"):
+        daquar.read(tmp_path, "train")
+
+
+def test_daquar_never_divides_a_run_of_neighbouring_pictures() -> None:
+    names = [f"image{n}" for n in range(1, 400) if n % 7]
+    held = daquar.held_out_images(names)
+    assert 0 < len(held) < len(names) / 3
+    for first in range(1, 400, 7):
+        run = {f"image{n}" for n in range(first, first + 6) if f"image{n}" in names}
+        assert run <= held or not run & held
+
+
+@pytest.mark.parametrize("name", ["daquar", "easy-vqa"])
+def test_dev_and_the_rest_make_the_official_training_part(name: str, datasets_dir: Path) -> None:
+    if name == "easy-vqa":
+        pytest.importorskip("easy_vqa")
+    parts = {split: read_dataset(name, datasets_dir, split) for split in ("train", "train-rest", "dev")}
+    ids = {split: {example.id for example in examples} for split, examples in parts.items()}
+    assert ids["train"] == ids["train-rest"] | ids["dev"] and not ids["train-rest"] & ids["dev"]
+    pictures = {split: {example.images[0] for example in examples} for split, examples in parts.items()}
+    assert not pictures["train-rest"] & pictures["dev"], "a picture's questions never lie on both sides"
+    assert 0.08 < len(pictures["dev"]) / len(pictures["train"]) < 0.13
+
+
+def test_the_real_sets_have_their_published_sizes(datasets_dir: Path) -> None:
+    pytest.importorskip("easy_vqa")
+    train = read_dataset("flickr8k", datasets_dir, "train")
+    assert (len(train), {len(example.answers) for example in train}) == (6000, {5})
+    assert len(read_dataset("flickr8k", datasets_dir, "dev")) == 1000
+    rooms = read_dataset("daquar", datasets_dir, "train")
+    assert (len(rooms), len({example.images for example in rooms})) == (6795, 794)
+    assert not any("_" in example.turns[0].text + example.answers[0] for example in rooms)
+    assert not any("image3" in example.turns[0].text for example in rooms)
+    shapes = read_dataset("easy-vqa", None, "test")
+    assert (len(shapes), len({example.images for example in shapes})) == (9673, 1000)
+    majority = Counter(example.answers[0] for example in shapes).most_common(1)[0][1]
+    assert round(100 * majority / len(shapes), 1) == 37.3
+
+
+def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> None:
+    parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
+    about = {"name": "flickr8k", "title": "Flickr8k", "source": "somewhere", "terms": "some"}
+    sizes = write_dataset(parts.items(), tmp_path / "out", about)
+    assert sizes == {"train": {"pictures": 2, "examples": 2}, "dev": {"pictures": 1, "examples": 1}}
+    for split, examples in parts.items():
+        back = read_dataset(tmp_path / "out", split=split)
+        assert [(e.id, e.turns, e.answers) for e in back] == [(e.id, e.turns, e.answers) for e in examples]
+        assert [Path(str(e.images[0])).read_bytes() for e in back] == [
+            Path(str(e.images[0])).read_bytes() for e in examples
+        ]
+    image = Path(str(read_dataset(tmp_path / "out", split="dev")[0].images[0]))
+    assert os.stat(image).st_nlink == 2, "pictures are linked, not copied, on one file system"
+    described = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert described["parts"] == sizes
+    write_dataset(parts.items(), tmp_path / "out", about)  # again over its own output
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("precious")
+    with pytest.raises(DataError, match="not empty"):
+        write_dataset(parts.items(), tmp_path / "other", about)
+
+
+def test_converted_folders_load_with_datasets(flickr: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
+    write_dataset(parts.items(), tmp_path / "out", {"name": "x", "title": "x", "source": "x", "terms": "x"})
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(part) for name, part in loaded.items()} == {"train": 2, "validation": 1}
+    assert loaded["validation"][0]["text"] == list(parts["dev"][0].answers)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog runs .", "a dog runs"),
+        ("  A  Dog , a cat .. ", "a dog, a cat"),
+        ('"A dog runs ."', "a dog runs"),
+        ("Dr. Who is in .", "dr. who is in"),
+        (" . ", ""),
+    ],
+)
+def test_captions_are_normalised(caption: str, expected: str) -> None:
+    assert normalise_caption(caption) == expected
