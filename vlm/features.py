@@ -25,6 +25,8 @@ from vlm.vision import Encoder
 BATCH = 8
 """Pictures encoded together; larger ones are no faster on a CPU."""
 DAY = 86_400
+FORMAT = 2
+"""Raised when an encoder of the same configuration gives other features."""
 
 
 class FeatureCache:
@@ -133,7 +135,7 @@ class Features:
 
     def __init__(self, encoder: Encoder, encoder_hash: str, cache: FeatureCache | None = None) -> None:
         self.encoder, self.cache = encoder, cache
-        self._prefix = json.dumps([encoder_hash, to_dict(encoder.config)], sort_keys=True)
+        self._prefix = json.dumps([FORMAT, encoder_hash, to_dict(encoder.config)], sort_keys=True)
 
     def key(self, picture: Picture, view: str = "whole") -> str:
         """What the cache knows this picture's features by."""

@@ -88,6 +88,10 @@ class Encoder(nn.Module):
             last = last.permute(0, 3, 1, 2)
         grid = last.shape[-2:]
         maps = [last, *(_fold(stage, grid) for stage in finer)]
+        if finer:
+            # Stages differ in scale (a linear one is seven times as loud as the last here), and whatever
+            # normalises their channels together would leave of the quiet one next to nothing.
+            maps = [F.rms_norm(part.movedim(1, -1), part.shape[1:2]).movedim(-1, 1) for part in maps]
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2).contiguous()
 
     def _open_clip(self, backbone: Any, pixels: Tensor) -> Tensor:
