@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ class DecoderState:
         logits: Tensor = language.logits(hidden[:, -1])
         return logits
 
-    def _cache(self) -> object:
+    def _cache(self) -> Any:
         from transformers import DynamicCache
 
         cache = DynamicCache()

@@ -91,5 +91,5 @@ def frozen_head_cross_entropy(
 ) -> Tensor:
     """`cross_entropy` of `hidden @ head.T` for a frozen (V, D) `head` without bias; hidden is (U, D)."""
     with torch.autocast(hidden.device.type, enabled=False):
-        result: Tensor = _FrozenHeadLoss.apply(hidden, head, nodes, labels, weights, smoothing)  # type: ignore[no-untyped-call]
+        result: Tensor = _FrozenHeadLoss.apply(hidden, head, nodes, labels, weights, smoothing)
     return result

@@ -19,7 +19,7 @@ __all__ = ["REGISTRY", "Adapter", "Conditioning", "ImageLayout", "build_adapter"
 def build_adapter(
     config: ModelConfig, *, features: int, positions: int, hidden: int, num_layers: int
 ) -> Adapter:
-    """A fresh adapter for an encoder of (N=`positions`, D_v=`features`) and a language model of width `hidden`.
+    """A fresh adapter between (N=`positions`, D_v=`features`) image features and a model of width `hidden`.
 
     Raises:
         ConfigError: an unknown adapter, or sizes that do not fit the frozen parts.

@@ -145,14 +145,18 @@ class FlamingoAdapter(Adapter):
         number = {layer: i for i, layer in enumerate(self.at_layers)}
 
         def act(layer: int, hidden: Tensor) -> Tensor:
-            i = number[layer]
-            keys, values = conditioning.block(i)
+            block = self._block(number[layer])
+            keys, values = conditioning.block(number[layer])
+            # The language model may run in half precision; the adapter keeps its own.
+            own = hidden.to(block.attention_gate.dtype)
             if keys.shape[2] == 0:
                 # No image in the whole batch: one all-zero latent stands in, and `sees` drops it.
                 keys = values = keys.new_zeros(*keys.shape[:2], 1, keys.shape[3])
                 plain = mask.new_zeros(*mask.shape[:3], 1)
-                return self._block(i)(hidden, keys, values, plain, sees.to(hidden.dtype))
-            return self._block(i)(hidden, keys, values, mask, sees.to(hidden.dtype))
+                out = block(own, keys, values, plain, sees.to(own.dtype))
+            else:
+                out = block(own, keys, values, mask, sees.to(own.dtype))
+            return out.to(hidden.dtype)
 
         return act
 

@@ -118,7 +118,9 @@ class QFormerAdapter(Adapter):
     ) -> Tensor:
         context = self.project_in(self.input_norm(features)) + self.position
         context = drop_tokens(context, self.dropout, self.training)
-        words = None if self.words is None or question is None else self.words(question)
+        words = None
+        if self.words is not None and question is not None:
+            words = self.words(question.to(self.words.weight.dtype))
         projected: Tensor = self.project(self.query(context, words, question_mask))
         return projected
 
