@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class _Beams:
         going: list[tuple[int, int, float]] = []
         ids, logprobs = [], []
         for rank, (total, beam, token, logprob) in enumerate(candidates):
+            if total == float("-inf"):
+                break
             if token == end:
                 if rank < self.size:
                     said, path = self.ids[beam], [*self.logprobs[beam], logprob]
@@ -47,25 +50,31 @@ class _Beams:
         self.ids, self.logprobs = ids, logprobs
         self.ended = sorted(self.ended, key=lambda e: -e[0])[: self.size]
         best = self._score(going[0][2], len(ids[0])) if going else float("-inf")
-        self.done = len(self.ended) == self.size and self.ended[-1][0] >= best
+        self.done = not going or (len(self.ended) == self.size and self.ended[-1][0] >= best)
         return going
 
     def best(self, totals: list[float]) -> Ended:
         """The best beam, ended or (when the length ran out) not."""
         cut = [
             (self._score(total, len(ids)), ids, logprobs)
-            for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=True)
+            for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=False)
         ]
         return max([*self.ended, *([] if self.ended else cut)], key=lambda e: e[0])
 
 
 def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
     """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty."""
-    from vlm.generation import Writer
+    from vlm.generation import Writer, finite
 
     count, size, end = len(requests), config.num_beams, model.language.frame.end
     features = torch.cat([request.features for request in requests])
     state, logits = DecoderState.prefill(model, [request.row for request in requests], features)
+    banned = model.language.never_said().to(logits.device)
+    # A prompt that leaves little room in the context ends early, whatever it is searched together with.
+    limits = [
+        max(1, min(config.max_new_tokens, model.language.max_positions - read))
+        for read in state.positions.tolist()
+    ]
     rows = torch.arange(count, device=logits.device).repeat_interleave(size)
     state, logits = state.select(rows), logits[rows]
     beams = [_Beams(size, config.length_penalty) for _ in range(count)]
@@ -73,21 +82,22 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     totals = torch.full((count, size), float("-inf"), device=logits.device)
     totals[:, 0] = 0
     active = list(range(count))
-    limit = min(config.max_new_tokens, model.language.max_positions - int(state.positions.max()))
-    for length in range(1, limit + 1):
-        rows, tokens, totals = _extend(logits, totals, [beams[i] for i in active], end, model)
-        staying = [i for i, prompt in enumerate(active) if not beams[prompt].done]
-        if not staying or length == limit:
+    left: dict[int, list[float]] = {}
+    for length in itertools.count(1):
+        likely = finite(logits).log_softmax(dim=-1).masked_fill(banned, float("-inf"))
+        rows, tokens, totals = _extend(likely, totals, [beams[i] for i in active], end)
+        left.update(zip(active, totals.tolist(), strict=True))
+        staying = [i for i, p in enumerate(active) if not beams[p].done and length < limits[p]]
+        if not staying:
             break
         keep = torch.tensor(staying, device=logits.device)
         rows, tokens = rows.view(-1, size)[keep].flatten(), tokens.view(-1, size)[keep].flatten()
         totals, active = totals[keep], [active[i] for i in staying]
         state = state.select(rows)
         logits = state.advance(tokens)
-    left = dict(zip(active, totals.tolist(), strict=True))
     writers = []
     for number, prompt in enumerate(beams):
-        _, ids, logprobs = prompt.best(left.get(number, []) if not prompt.ended else [0.0] * len(prompt.ids))
+        _, ids, logprobs = prompt.best(left[number])
         writer = Writer(model, config)
         for token, logprob in zip(ids, logprobs, strict=True):
             writer.push(token, logprob)
@@ -97,13 +107,14 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     return writers
 
 
-def _extend(
-    logits: Tensor, totals: Tensor, beams: list[_Beams], end: int, model: VLM
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every prompt: the state's rows to go on from, their tokens, and (P, K) new totals."""
+def _extend(likely: Tensor, totals: Tensor, beams: list[_Beams], end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of every prompt: the state's rows to go on from, their tokens, and (P, K) new totals.
+
+    Args:
+        likely: (P * K, V) log-probabilities of the next token.
+        totals: (P, K) log-probability of each beam so far.
+    """
     prompts, size = totals.shape
-    likely = logits.log_softmax(dim=-1)
-    likely[:, list(model.language.added_ids)] = float("-inf")
     vocabulary = likely.shape[-1]
     summed = (totals[:, :, None] + likely.view(prompts, size, vocabulary)).flatten(1)
     best, where = summed.topk(2 * size, dim=-1)
@@ -122,5 +133,5 @@ def _extend(
             fresh[p, k] = total
         rows += [p * size] * (size - len(going))
         tokens += [end] * (size - len(going))
-    device = logits.device
+    device = likely.device
     return torch.tensor(rows, device=device), torch.tensor(tokens, device=device), fresh

@@ -22,6 +22,7 @@ from vlm.answer import Answer, FinishReason, TokenLogprob, Usage
 from vlm.config import GenerationConfig
 from vlm.conversation import Conversation
 from vlm.decoder import DecoderState
+from vlm.errors import ConfigError, VLMError
 from vlm.images import Picture, open_picture
 from vlm.processor import Row
 
@@ -50,20 +51,31 @@ class Event:
 
 
 class Writer:
-    """Turns token ids into text as they come.
+    """Turns token ids into text as they come; space around the whole answer is no part of it.
 
-    Text that may still change (half of a character) or vanish (the beginning of a stop text) is held
-    back until it is certain.
+    Text that may still change (half of a character) or vanish (the beginning of a stop text, space at
+    the end) is held back until it is certain, so that the pieces together are exactly the answer.
+
+    Attributes:
+        ids: the tokens without the end.
+        count: tokens taken, the end included.
     """
 
     def __init__(self, model: VLM, config: GenerationConfig) -> None:
         self.model, self.config = model, config
         self.ids: list[int] = []
+        self.count = 0
         self.logprob = 0.0
         self.tokens: list[TokenLogprob] = []
-        self.text = ""
         self.finish_reason: FinishReason | None = None
+        self._written = ""
         self._shown = 0
+        self._told = 0
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return self._written.strip()
 
     def push(self, token: int, logprob: float, room: bool = True) -> str:
         """Takes a token and returns the text that became certain.
@@ -71,37 +83,51 @@ class Writer:
         Args:
             room: whether the model can read a further token.
         """
+        self.count += 1
         self.logprob += logprob
         if token == self.model.language.frame.end:
             self.finish_reason = "stop"
-            return self._show(len(self.text))
-        before = self.text
+            if self.tokens:
+                last = self.tokens[-1]
+                self.tokens[-1] = TokenLogprob(last.text + self._tell(len(self._written)), last.logprob)
+            return self._show(len(self._written))
         self.ids.append(token)
-        self.text = self.model.language.decode(self.ids)
-        self.tokens.append(TokenLogprob(self.text[len(before) :], logprob))
-        found = [at for at in (self.text.find(stop) for stop in self.config.stop if stop) if at >= 0]
+        self._written = self.model.language.decode(self.ids)
+        sure = len(self._written.rstrip("\ufffd"))
+        found = [at for at in (self._written.find(stop) for stop in self.config.stop if stop) if at >= 0]
         if found:
-            self.text = self.text[: min(found)]
             self.finish_reason = "stop"
         elif len(self.ids) >= self.config.max_new_tokens or not room:
             self.finish_reason = "length"
+        whole = len(self._written) if self.finish_reason else sure
+        self.tokens.append(TokenLogprob(self._tell(whole), logprob))
+        if found:
+            self._written = self._written[: min(found)]
         if self.finish_reason:
-            return self._show(len(self.text))
-        return self._show(len(self.text) - self._uncertain())
+            return self._show(len(self._written))
+        return self._show(sure - self._begun(sure))
 
-    def _uncertain(self) -> int:
-        broken = len(self.text) - len(self.text.rstrip("\ufffd"))
+    def _begun(self, end: int) -> int:
+        """Characters before `end` that may be the beginning of a stop text."""
         held = [
             size
             for stop in self.config.stop
-            for size in range(1, min(len(stop), len(self.text) + 1))
-            if self.text.endswith(stop[:size])
+            for size in range(1, min(len(stop), end + 1))
+            if self._written.endswith(stop[:size], 0, end)
         ]
-        return max([broken, *held])
+        return max(held, default=0)
 
     def _show(self, end: int) -> str:
-        fresh = self.text[self._shown : end]
-        self._shown = max(self._shown, end)
+        """What of the first `end` characters, without the space around them, has not been shown yet."""
+        certain = self._written[:end].strip()
+        fresh = certain[self._shown :]
+        self._shown = max(self._shown, len(certain))
+        return fresh
+
+    def _tell(self, end: int) -> str:
+        """What of the first `end` characters no token has been credited with yet."""
+        fresh = self._written[self._told : end]
+        self._told = max(self._told, end)
         return fresh
 
 
@@ -125,15 +151,15 @@ class DecodeBatch:
         self._state: DecoderState | None = None
         self._logits: Tensor | None = None
         self._numbers = itertools.count()
-        banned = torch.zeros(model.language.vocabulary, dtype=torch.bool)
-        banned[list(model.language.added_ids)] = True
-        self._banned = banned.to(model.device)
+        self._banned = model.language.never_said().to(model.device)
 
     def __len__(self) -> int:
         return len(self._slots)
 
     def add(self, requests: Sequence[DecodeRequest]) -> list[int]:
         """Reads the prompts and returns the numbers of their slots."""
+        if not requests:
+            return []
         features = torch.cat([request.features for request in requests])
         state, logits = DecoderState.prefill(self.model, [r.row for r in requests], features)
         if self._state is None or self._logits is None:
@@ -194,7 +220,7 @@ class DecodeBatch:
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(B, V) -> (B,) tokens and their log-probabilities under the model (before any temperature)."""
-        likely = logits.log_softmax(dim=-1)
+        likely = finite(logits).log_softmax(dim=-1)
         allowed = likely.masked_fill(self._banned, float("-inf"))
         chosen = allowed.argmax(dim=-1)
         for index, slot in enumerate(self._slots):
@@ -203,9 +229,22 @@ class DecodeBatch:
         return chosen, likely.gather(1, chosen[:, None])[:, 0]
 
 
+def finite(logits: Tensor) -> Tensor:
+    """The logits as they are.
+
+    Raises:
+        VLMError: there are numbers among them that are none, as when float16 overflows.
+    """
+    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+        raise VLMError("the model's numbers overflow: use float32 or bfloat16 (--dtype)")
+    return logits
+
+
 def sample(logits: Tensor, config: GenerationConfig, random: torch.Generator) -> int:
     """Draws from the nucleus (Holtzman et al. 2020) of (V,) logits at the config's temperature."""
-    probabilities = (logits.cpu().double() / config.temperature).softmax(dim=-1)
+    scores = logits.cpu().double()
+    # The highest becomes 0 first, so that no temperature, however small, takes all to minus infinity.
+    probabilities = ((scores - scores.max()) / config.temperature).softmax(dim=-1)
     ordered, tokens = probabilities.sort(descending=True)
     before = ordered.cumsum(dim=-1) - ordered
     ordered[before >= config.top_p] = 0
@@ -245,11 +284,10 @@ def pictures_of(conversation: Conversation, row: Row) -> list[Picture]:
 
 def finished(model: VLM, row: Row, writer: Writer, seconds: dict[str, float]) -> Answer:
     """The answer that a writer has written."""
-    ended = writer.finish_reason == "stop"
     return Answer(
-        text=writer.text.strip(),
+        text=writer.text,
         finish_reason=writer.finish_reason or "length",
-        usage=Usage(len(row.tokens), len(writer.ids) + ended, len(row.tokens.images)),
+        usage=Usage(len(row.tokens), writer.count, len(row.tokens.images)),
         seconds=seconds,
         logprob=writer.logprob,
         adapter=model.adapter_name,
@@ -268,8 +306,6 @@ def _decode(model: VLM, requests: Sequence[DecodeRequest]) -> list[Writer]:
 @torch.inference_mode()
 def stream(model: VLM, conversation: Conversation, config: GenerationConfig) -> Iterator[str]:
     """The answer, piece by piece; beams have no pieces, so they are refused by a `ConfigError`."""
-    from vlm.errors import ConfigError
-
     if config.num_beams > 1:
         raise ConfigError("beam search cannot stream: set num_beams=1")
     row = model.processor.row([model.processor.tokens(conversation)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,25 @@ class LanguageModel(nn.Module):
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of literal text: no added token is ever recognised in it."""
-        return self._plain(text)
+        """Ids of literal text: no added token is ever recognised in it.
+
+        Halves of characters (lone surrogates, as a terminal may pass them) become question marks.
+        """
+        return self._plain(text.encode("utf-8", "replace").decode("utf-8"))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest piece: no token stands for more of a text."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def never_said(self) -> Tensor:
+        """(V,) bool: added tokens other than the end, and rows of the embedding that no token has."""
+        banned = torch.zeros(self.vocabulary, dtype=torch.bool)
+        if self.vocabulary > len(self.tokenizer):
+            banned[:] = True
+            banned[[i for i in self.tokenizer.get_vocab().values() if i < self.vocabulary]] = False
+        banned[[i for i in self.added_ids if i < self.vocabulary]] = True
+        return banned
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
