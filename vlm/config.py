@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vlm.errors import ConfigError
 
 CAPTION_PROMPT = "Describe the picture."
 
 T = TypeVar("T")
+
+
+def _check(section: str, **fine: bool) -> None:
+    """Raises:
+    ConfigError: one of the named conditions does not hold.
+    """
+    for name, holds in fine.items():
+        if not holds:
+            raise ConfigError(f"{section}{name} is out of range")
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,9 @@ class VisionConfig:
     """Side of the square, in pixels, that the whole picture is resized to (never cropped)."""
     stages: tuple[int, ...] = ()
     """Further, finer stages of a CNN, by index; their maps are folded onto the last map's grid."""
+
+    def __post_init__(self) -> None:
+        _check("vision.", size=self.size >= 1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,13 @@ class FlamingoConfig:
     max_group: int = 8
     """Images that may stand side by side in one group, each with a learned index."""
 
+    def __post_init__(self) -> None:
+        sizes = ("width", "latents", "heads", "block_heads", "block_kv_heads", "head_width", "feedforward")
+        _check("flamingo.", **{name: getattr(self, name) >= 1 for name in (*sizes, "max_group")})
+        _check("flamingo.", depth=self.depth >= 0, dropout=0 <= self.dropout < 1)
+        _check("flamingo.", gate_init=math.isfinite(self.gate_init))
+        _check("flamingo.", layers=bool(self.layers) and len(set(self.layers)) == len(self.layers))
+
 
 @dataclass(frozen=True)
 class QFormerConfig:
@@ -76,6 +97,11 @@ class QFormerConfig:
     """Queries also attend to the question's words (InstructBLIP, Dai et al. 2023)."""
     dropout: float = 0.0
     """Dropout on residual branches and on image tokens (whole tokens)."""
+
+    def __post_init__(self) -> None:
+        sizes = ("width", "queries", "depth", "heads", "feedforward", "cross_every")
+        _check("qformer.", **{name: getattr(self, name) >= 1 for name in sizes})
+        _check("qformer.", dropout=0 <= self.dropout < 1)
 
 
 @dataclass(frozen=True)
@@ -116,8 +142,10 @@ class GenerationConfig:
         checks = {
             "max_new_tokens": self.max_new_tokens >= 1,
             "num_beams": self.num_beams >= 1,
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < math.inf,
             "top_p": 0 < self.top_p <= 1,
+            "seed": self.seed is None or -(2**63) <= self.seed < 2**64,
+            "length_penalty": math.isfinite(self.length_penalty),
             "batch_size": self.batch_size >= 1,
         }
         for name, fine in checks.items():
@@ -133,24 +161,36 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: a key that the dataclass does not have, or a value of the wrong type.
     """
-    defaults = cls()
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where.rstrip('.') or 'the configuration'} must be a mapping, not {values!r}")
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    types = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{where}{key}"
         if key not in known:
             raise ConfigError(f"unknown key {name!r}; {where or 'here'} may hold: {', '.join(sorted(known))}")
-        default = getattr(defaults, key)
-        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            value = from_dict(type(default), value, f"{name}.")
-        elif isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if default is not None and not isinstance(value, type(default)):
-            raise ConfigError(f"{name} must be {type(default).__name__}, not {value!r}")
-        arguments[key] = value
+        arguments[key] = _typed(types[key], value, name)
     return cls(**arguments)
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """`value` as a field of this type holds it: YAML and JSON have lists for tuples and 1 for 1.0."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not isinstance(value, kind):
+        return from_dict(kind, value, f"{name}.")
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return tuple(_typed(get_args(kind)[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    options = get_args(kind) or (kind,)
+    if int in options and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)  # numpy's integers too
+    if float in options and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in options:
+        names = " or ".join("nothing" if option is type(None) else option.__name__ for option in options)
+        raise ConfigError(f"{name} must be {names}, not {value!r}")
+    return value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ print(model.ask(["cat.jpg"], "What animal is this?").text)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 
 from vlm.adapters import Adapter, Conditioning
 from vlm.answer import Answer
-from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig
+from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig, from_dict
 from vlm.conversation import Conversation, ImageSource
-from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features
 from vlm.images import Picture
 from vlm.language import LanguageModel
@@ -217,9 +215,9 @@ class VLM(nn.Module):
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:
     """Raises:
-    ConfigError: an option that generation does not have.
+    ConfigError: an option that generation does not have, or a value that it cannot take.
     """
-    try:
-        return replace(GenerationConfig(), **options)
-    except TypeError as problem:
-        raise ConfigError(f"unknown generation option among: {', '.join(options)}") from problem
+    stop = options.get("stop")
+    if isinstance(stop, str):
+        options = {**options, "stop": (stop,)}
+    return from_dict(GenerationConfig, options)
