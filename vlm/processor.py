@@ -115,6 +115,7 @@ class Processor:
     """Turns conversations into batches for one language model and one adapter."""
 
     def __init__(self, language: LanguageModel, adapter: Adapter) -> None:
+        self.language = language
         self.frame = language.frame
         self.encode_text = language.encode_text
         self.soft_tokens = adapter.soft_tokens
@@ -129,22 +130,33 @@ class Processor:
         supervised.
 
         Raises:
-            DataError: more neighbouring images than the adapter knows, or more text than the model reads.
+            DataError: the last turn is not the user's, more neighbouring images than the adapter knows,
+                or more text than the model reads.
         """
+        if not conversation.turns or conversation.turns[-1].role != "user":
+            raise DataError("a conversation to be answered ends with the user's turn")
+        self._check_length([turn.text for turn in conversation.turns] + [answer or ""])
         out = Tokens()
         out.add(self.frame.start)
         for turn in conversation.turns:
             self._turn(out, turn)
+        out.add(self.frame.assistant_open)
         if answer is not None:
-            out.add(self.frame.assistant_open)
             out.add([*self.encode_text(answer), self.frame.end], supervised=True)
-        elif conversation.turns[-1].role == "user":
-            out.add(self.frame.assistant_open)
         if len(out) > self.max_positions:
             raise DataError(
                 f"the conversation has {len(out)} tokens; the language model reads {self.max_positions}"
             )
         return out
+
+    def _check_length(self, texts: Sequence[str]) -> None:
+        """Refuses what is far too long before seconds are spent on its tokens."""
+        characters = sum(map(len, texts))
+        if characters > self.max_positions and characters > self.max_positions * self.language.longest_token:
+            raise DataError(
+                f"the conversation has {characters} characters; "
+                f"the language model reads {self.max_positions} tokens"
+            )
 
     def _turn(self, out: Tokens, turn: Turn) -> None:
         user = turn.role == "user"
