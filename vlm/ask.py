@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from vlm.config import CAPTION_PROMPT
-from vlm.errors import VLMError
+from vlm.config import CAPTION_PROMPT, GenerationConfig, from_dict
+from vlm.conversation import Conversation
+from vlm.errors import ConfigError, VLMError
 from vlm.options import add_common, apply_common, make_parser
 
 if TYPE_CHECKING:
@@ -49,6 +53,9 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 def _load(args: argparse.Namespace) -> tuple[VLM, float]:
     """The model, and the seconds it took to import and load."""
     began = time.perf_counter()
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # a strange file name must not end in a traceback
+            stream.reconfigure(errors="backslashreplace")
     apply_common(args)
     from vlm.model import VLM
 
@@ -61,6 +68,16 @@ def _load(args: argparse.Namespace) -> tuple[VLM, float]:
         feature_cache=args.feature_cache,
     )
     return model, time.perf_counter() - began
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; a wrong number ends here, before seconds are spent on loading the model."""
+    args = parser.parse_args(argv)
+    try:
+        from_dict(GenerationConfig, _generation(args))
+    except ConfigError as problem:
+        parser.error(str(problem).replace("max_new_tokens", "--max-tokens").replace("num_beams", "--beams"))
+    return args
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,8 +100,10 @@ def ask_main(argv: Sequence[str]) -> int:
         "--out", type=Path, default=None, metavar="FILE.csv", help="ask it of every picture of a folder"
     )
     parser.add_argument("--json", action="store_true", help="print the answer with its usage and times")
-    args = parser.parse_args(argv)
-    folders = [image for image in args.images if Path(image).is_dir()]
+    args = _parse(parser, argv)
+    if not args.question.strip():
+        parser.error("the question is empty")
+    folders = [image for image in args.images if os.path.isdir(image)]
     if folders and (len(args.images) > 1 or args.out is None):
         parser.error("a folder goes alone, with --out FILE.csv for the answers")
     if args.out is not None:
@@ -102,7 +121,7 @@ def caption_main(argv: Sequence[str]) -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE|DIR", help="pictures and folders of pictures")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE.csv", help="write image,caption rows")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     pictures = pictures_in(args.images)
     if args.out is not None:
         return _ask_each(args, pictures, CAPTION_PROMPT, ("image", "caption"))
@@ -122,7 +141,7 @@ def chat_main(argv: Sequence[str]) -> int:
     """`vlm chat IMAGE ...`: questions from the keyboard, answers as they are decoded."""
     parser = _parser("vlm chat", "Talk about pictures; /show FILE adds one, an empty line or Ctrl-D ends.")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to begin with")
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     if args.beams not in (None, 1):
         parser.error("a chat is streamed, and beams cannot be")
     check_pictures(args.images)
@@ -177,13 +196,12 @@ def pictures_in(arguments: Sequence[str]) -> list[Path]:
 
     found: list[Path] = []
     for argument in arguments:
-        path = Path(argument)
-        if not path.is_dir():
-            found.append(path)
+        if not os.path.isdir(argument):
+            found.append(Path(argument))
             continue
-        inside = list_pictures(path)
+        inside = list_pictures(argument)
         if not inside:
-            raise VLMError(f"{path} holds no JPEG, PNG, WebP or GIF files")
+            raise VLMError(f"{argument} holds no JPEG, PNG, WebP or GIF files")
         found += inside
     return found
 
@@ -198,34 +216,31 @@ def check_pictures(pictures: Sequence[str | Path]) -> None:
 
 def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, columns: tuple[str, ...]) -> int:
     """One row a picture; a picture that cannot be read is named, counted and left out of the file."""
-    from vlm.images import ImageError, open_picture
-
     if not args.out.parent.is_dir():
         raise VLMError(f"{args.out.parent} is no folder: make it first")
     model, _ = _load(args)
-    ask = (
-        model.caption
-        if len(columns) == 2
-        else lambda part, **g: model.ask_batch([_conversation(picture, question) for picture in part], **g)
-    )
     bad = 0
-    with open(args.out, "w", newline="", encoding="utf-8") as file:
+    with _table(args.out) as file:
         rows = csv.writer(file)
         rows.writerow(columns)
         for begin in range(0, len(pictures), FOLDER_BATCH):
-            good = []
-            for picture in pictures[begin : begin + FOLDER_BATCH]:
-                try:
-                    open_picture(picture)
-                    good.append(picture)
-                except ImageError as problem:
-                    bad += 1
-                    print(f"error: {problem}", file=sys.stderr)
-            for picture, answer in zip(good, ask(good, **_generation(args)), strict=True):
-                middle = (question,) if len(columns) == 3 else ()
-                rows.writerow((picture, *middle, answer.text))
-            file.flush()
+            good = _readable(pictures[begin : begin + FOLDER_BATCH])
             done = min(begin + FOLDER_BATCH, len(pictures))
+            bad += done - begin - len(good)
+            if "question" in columns:
+                asked = [Conversation.ask([picture], question) for picture in good]
+                answers = model.ask_batch(asked, **_generation(args))
+            else:
+                answers = model.caption(good, **_generation(args))
+            for picture, answer in zip(good, answers, strict=True):
+                values = {
+                    "image": picture,
+                    "question": question,
+                    "answer": answer.text,
+                    "caption": answer.text,
+                }
+                rows.writerow([values[column] for column in columns])
+            file.flush()
             print(f"{done} of {len(pictures)} pictures", file=sys.stderr)
     if bad:
         print(
@@ -234,7 +249,25 @@ def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, col
     return 1 if bad else 0
 
 
-def _conversation(picture: Path, question: str) -> Any:
-    from vlm.conversation import Conversation
+@contextmanager
+def _table(path: Path) -> Iterator[TextIO]:
+    """A CSV file to write; names of pictures that are not UTF-8 go in as the bytes that they are."""
+    try:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+    except OSError as problem:
+        raise VLMError(f"{path} cannot be written: {problem.strerror or problem}") from problem
 
-    return Conversation.ask([picture], question)
+
+def _readable(pictures: Sequence[Path]) -> list[Path]:
+    """Those that can be opened; of the others a line is told."""
+    from vlm.images import ImageError, open_picture
+
+    good = []
+    for picture in pictures:
+        try:
+            open_picture(picture)
+            good.append(picture)
+        except ImageError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+    return good
