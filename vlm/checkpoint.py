@@ -39,11 +39,11 @@ def adapter_folder(adapter: str | Path, *, offline: bool = False) -> Path:
         WeightsError: it is not there; the message names what is.
     """
     shipped = ASSETS / str(adapter)
-    for folder in (shipped, Path(adapter).expanduser()):
-        if (folder / "config.json").is_file() and (folder / "adapter.safetensors").is_file():
+    for folder in (shipped, Path(os.path.expanduser(adapter))):
+        if all(os.path.isfile(folder / name) for name in ("config.json", "adapter.safetensors")):
             return folder
     known = sorted(folder.parent.name for folder in ASSETS.glob("*/config.json"))
-    if str(adapter).count("/") == 1 and not Path(adapter).exists():
+    if str(adapter).count("/") == 1 and not os.path.exists(adapter):
         from vlm.weights_hub import fetch_adapter
 
         return fetch_adapter(str(adapter), offline=offline)
@@ -62,12 +62,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise WeightsError(
             f"{path} is not of format {FORMAT}: install the version of vlm-adapters that made it"
         )
+    hashes = values.get("hashes")
+    if not isinstance(hashes, dict) or not hashes.keys() >= {"encoder", "language_model"}:
+        raise WeightsError(f"{path} does not say which frozen parts the adapter was trained with")
     return values
 
 
@@ -185,7 +188,7 @@ def load_model(
     except (KeyError, ConfigError) as problem:
         raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
     model = build_model(config, device=device, dtype=dtype, offline=offline)
-    _check_frozen(model, values.get("hashes", {}), folder, allow_different_frozen)
+    _check_frozen(model, values["hashes"], folder, allow_different_frozen)
     load_adapter(model, folder)
     model.adapter_name = str(adapter)
     return model
@@ -195,9 +198,12 @@ def load_adapter(model: VLM, folder: Path) -> None:
     """Loads an adapter's tensors, all of them and no others, into a model built for them.
 
     Raises:
-        WeightsError: names or shapes differ.
+        WeightsError: names or shapes differ, or a number is none.
     """
     tensors, digest = load_tensors(folder)
+    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise WeightsError(f"{folder / 'adapter.safetensors'} is spoilt: {broken[0]} is not finite")
     try:
         model.adapter.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
     except RuntimeError as problem:
