@@ -38,7 +38,8 @@ lint: $(VENV)/.lint
 	cd build/check && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p vlm
 
 bench: $(VENV)/.all $(VENV)/.weights
-	$(BIN)/vlm bench
+	$(BIN)/vlm bench serve crossing
+	$(BIN)/vlm bench serve speedup
 
 model: $(VENV)/.weights
 	$(BIN)/vlm train $(RECIPE) data=$(DATA) out=runs/$(RECIPE)
