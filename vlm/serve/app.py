@@ -134,7 +134,7 @@ async def _parse(request: Request, model: type[M], settings: Settings) -> M:
     except ValidationError as error:
         raise _explained(error) from None
     finally:
-        body.release()
+        body.forget()
 
 
 def _explained(error: ValidationError) -> APIError:
@@ -198,7 +198,8 @@ def _add_chat(app: FastAPI, conversing: Conversing, settings: Settings) -> None:
     @app.post("/v1/chat/completions", responses=answers, openapi_extra=_body("ChatRequest"))
     async def chat(request: Request) -> Response:
         """Answer the last user's message, whole or as a stream."""
-        return await conversing.respond(await _parse(request, ChatRequest, settings), request.receive)
+        asked = await _parse(request, ChatRequest, settings)
+        return await conversing.respond(asked, request.receive, request.scope["vlm.body"].release)
 
     @app.post(
         "/v1/attention",

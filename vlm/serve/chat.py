@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -103,8 +103,10 @@ class Conversing:
             message = f"This server has no model of that name; it serves {self.model_id!r}."
             raise APIError(404, message, code="model_not_found", param="model")
 
-    async def respond(self, chat: ChatRequest, receive: Receive) -> Response:
-        """The whole answer, or a stream whose first piece is there.
+    async def respond(
+        self, chat: ChatRequest, receive: Receive, opened: Callable[[], None] = lambda: None
+    ) -> Response:
+        """The whole answer, or a stream whose first piece is there; `opened` is called once the pictures are.
 
         Raises:
             APIError: anything that the client is told with a status.
@@ -113,7 +115,7 @@ class Conversing:
         self.check(chat)
         place = self._engine.admit(chat.n or 1)
         try:
-            head = await while_connected(receive, self._begin(chat, place))
+            head = await while_connected(receive, self._begin(chat, place, opened))
         except BaseException:
             place.__exit__(None, None, None)
             raise
@@ -142,9 +144,12 @@ class Conversing:
                 images=await self._engine.run(lambda: where_it_looked(self._engine.model, question))
             )
 
-    async def _begin(self, chat: ChatRequest, place: Place) -> Response | AsyncIterator[bytes]:
+    async def _begin(
+        self, chat: ChatRequest, place: Place, opened: Callable[[], None]
+    ) -> Response | AsyncIterator[bytes]:
         async with _until(place.deadline):
             question = await self._desk.question(chat.messages)
+        opened()
         tickets = place.submit(question, generations(chat, question, self._settings))
         if chat.stream:
             stream = _frames(chat, tickets, self.model_id)

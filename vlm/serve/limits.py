@@ -1,7 +1,7 @@
 """Request bodies: capped in size, time and total before a parser sees them.
 
 The body is read here, once, into `scope["vlm.body"]`; the handlers take it from there and release it as soon
-as they have made of it what they need.
+as its pictures are opened.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class Body:
         self._counted += len(chunk)
         self.data += chunk
 
+    def forget(self) -> None:
+        """Drop the bytes. They stay counted: what was parsed from them is as large."""
+        self.data = bytearray()
+
     def release(self) -> None:
-        """Forget the bytes; may be called again."""
+        """Drop the bytes and stop counting them; may be called again."""
         self._ledger.held -= self._counted
         self._counted = 0
-        self.data = bytearray()
+        self.forget()
 
 
 class Ledger:
