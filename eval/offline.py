@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     block = {
         "version": report.VERSION,
         "task": task.name,
-        "split": args.split or task.split,
+        "split": task.canonical(args.split),
         "n": len(examples),
         "comparable": True,
         "main_metric": scores.main,

@@ -53,7 +53,7 @@ class AnswerFile:
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
-            self.path.write_bytes(whole)  # the line that a kill cut short
+            os.truncate(self.path, len(whole))  # the line that a kill cut short
         rows = _json_lines(whole.decode("utf-8"), self.path)
         if not rows:
             self.path.unlink()
@@ -62,12 +62,12 @@ class AnswerFile:
         return {row["id"]: Prediction(**row) for row in rows[1:]}
 
     def _same_run(self, there: Mapping[str, Any]) -> None:
-        wanted = json.loads(json.dumps(self.header))
-        for key in sorted({*wanted, *there}):
-            if wanted.get(key) != there.get(key):
+        wanted, found = _flat(json.loads(json.dumps(self.header))), _flat(there)
+        for key in sorted({*wanted, *found}):
+            if wanted.get(key) != found.get(key):
                 raise ConfigError(
-                    f"{self.path} holds the answers of another run ({key} was {there.get(key)!r}, is "
-                    f"{wanted.get(key)!r}); give another --out, or --restart to drop them"
+                    f"{self.path} holds the answers of another run ({key} was {str(found.get(key))[:16]}, is "
+                    f"{str(wanted.get(key))[:16]}); give another --out, or --restart to drop them"
                 )
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -79,6 +79,14 @@ class AnswerFile:
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _flat(header: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"hashes": {"data": 1}} -> {"hashes.data": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in header.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
+    return flat
 
 
 def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
@@ -110,8 +118,15 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
         if len(lines) != len(examples):
             raise DataError(f"{path} has {len(lines)} lines for {len(examples)} examples of {task.name}")
         return [line.strip() for line in lines]
+    rows = _pairs(path, task)
+    if rows and all(id is None for id, _ in rows):  # POPE's results carry no ids: the order tells
+        if len(rows) != len(examples):
+            raise DataError(f"{path} has {len(rows)} answers for {len(examples)} examples of {task.name}")
+        return [text for _, text in rows]
     answers: dict[str, str] = {}
-    for id, text in _pairs(path, task):
+    for id, text in rows:
+        if id is None:
+            raise DataError(f"{path}: an answer has no {task.id_key!r}, others have: {text[:60]!r}")
         if id in answers:
             raise DataError(f"{path}: the id {id} stands twice")
         answers[id] = text
@@ -126,7 +141,7 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
     return [answer for answer in found if answer is not None]
 
 
-def _pairs(path: Path, task: Task) -> list[tuple[str, str]]:
+def _pairs(path: Path, task: Task) -> list[tuple[str | None, str]]:
     text = read_text(path)
     if path.suffix == ".csv":
         import csv
@@ -147,12 +162,12 @@ def _pairs(path: Path, task: Task) -> list[tuple[str, str]]:
     return [_pair(row, path, task) for row in found]
 
 
-def _pair(row: Any, path: Path, task: Task) -> tuple[str, str]:
+def _pair(row: Any, path: Path, task: Task) -> tuple[str | None, str]:
     if isinstance(row, dict):
         id = next((row[key] for key in (task.id_key, *ID_KEYS) if key in row), None)
         said = next((row[key] for key in (task.answer_key, *ANSWER_KEYS) if key in row), None)
-        if id is not None and said is not None:
-            return str(id), _said(said, path)
+        if said is not None:
+            return None if id is None else str(id), _said(said, path)
     raise DataError(
         f"{path}: entries with {task.id_key!r} and {task.answer_key!r} are expected, got {str(row)[:80]!r}"
     )
@@ -166,9 +181,12 @@ def _said(answer: Any, path: Path) -> str:
     return str(answer)
 
 
-def export(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
+def export(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> Any:
     """The answers in the challenge's results format: ids are numbers where the benchmark's are."""
+    if task.submission is not None:
+        return task.submission(examples, answers)
+    numbers = task.id_key in ("question_id", "image_id")
     return [
-        {task.id_key: int(key) if key.isdigit() else key, task.answer_key: answer}
+        {task.id_key: int(key) if numbers and str(key).isdecimal() else key, task.answer_key: answer}
         for key, answer in zip(map(official_id, examples), answers, strict=True)
     ]

@@ -81,7 +81,7 @@ def write_items(
         row: dict[str, Any] = {
             "id": example.id,
             "key": official_id(example),
-            "images": [str(image) for image in example.images],
+            "images": [str(image) for image in example.images if isinstance(image, str | Path)],
             "question": question(example),
             "references": list(example.answers),
             "answer": answer,

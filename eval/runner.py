@@ -60,8 +60,8 @@ def answer_all(model: VLM, work: Work, path: Path, title: str, say: Say) -> list
     mine = path if world == 1 else path.with_suffix(f".{rank}of{world}.jsonl")
     file = AnswerFile(mine, work.header)
     done = file.load()
-    if known := [id for id in done if id not in set(work.ids)]:
-        raise DataError(f"{mine} holds an answer to {known[0]}, which is not among the items")
+    if strange := done.keys() - set(work.ids):
+        raise DataError(f"{mine} holds an answer to {min(strange)}, which is not among the items")
     todo = [n for n in range(rank, len(work.ids), world) if work.ids[n] not in done]
     if done and todo:
         say(f"{title}: {len(done)} answers are there already, {len(todo)} to go")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.conversation import Conversation
 from vlm.data.example import Example
-from vlm.errors import DataError, VLMError
+from vlm.errors import VLMError
 from vlm.eval import controls, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export
 from vlm.eval.scorers import options
@@ -113,11 +113,8 @@ class Session:
         """
         if self._train is None:
             try:
-                if self.task.train is None:
-                    raise DataError("the task has no training split")
-                self._train = self.task.examples(
-                    self.args.data, self.task.train, pictures=self.args.shots > 0
-                )
+                split = self.task.train_for(self.args.split)
+                self._train = self.task.examples(self.args.data, split, pictures=self.args.shots > 0)
             except VLMError as error:
                 self._train = error
         if isinstance(self._train, VLMError):
@@ -151,7 +148,7 @@ class Session:
         block: dict[str, Any] = {
             "version": report.VERSION,
             "task": self.task.name,
-            "split": self.args.split or self.task.split,
+            "split": self.task.canonical(self.args.split),
             "n": len(self.examples),
             "comparable": self.args.limit is None,
             "limit": self.args.limit,

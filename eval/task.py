@@ -70,6 +70,7 @@ class Task:
         captions: `score` takes `java=False`, which leaves METEOR and SPICE out.
         answer_key: the name of the answer in the official results format, next to `id_key`.
         data_optional: an installed package carries the data.
+        submission: examples and answers -> the results format, where it is no list of rows.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Task:
     id_key: str = "question_id"
     answer_key: str = "answer"
     data_optional: bool = False
+    submission: Callable[[Sequence[Example], Sequence[str]], Any] | None = None
 
     def examples(
         self, root: Path | None, split: str | None = None, *, pictures: bool = True
@@ -97,7 +99,7 @@ class Task:
             ConfigError: a split that this task does not have.
             DataError: nothing to read, or two examples with one id.
         """
-        chosen = split or self.split
+        chosen = self.canonical(split)
         if chosen not in self.splits:
             raise ConfigError(f"{self.name} has no split {chosen!r}; it has {', '.join(self.splits)}")
         if root is None and not self.data_optional:
@@ -111,6 +113,25 @@ class Task:
                 raise DataError(f"{self.name}, split {chosen}: the id {example.id} stands twice")
             seen.add(example.id)
         return found
+
+    def canonical(self, split: str | None) -> str:
+        """The split's name in this task: its default for None, "dev" for "val" and "validation"."""
+        chosen = split or self.split
+        return "dev" if chosen in ("val", "validation", "valid") and chosen not in self.splits else chosen
+
+    def train_for(self, split: str | None) -> str:
+        """The training split that shares nothing with the split that is evaluated.
+
+        Raises:
+            DataError: there is none; the message is the reason that a report gives.
+        """
+        chosen = self.canonical(split)
+        if self.train is None:
+            raise DataError("the task has no training split")
+        if chosen in (self.train, "train-rest", "all"):
+            raise DataError("the training split itself is evaluated")
+        # Where dev is set aside from the official training part, the whole part would hold its answers.
+        return "train-rest" if chosen == "dev" and "train-rest" in self.splits else self.train
 
     def scores(self, examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
         """What `answers`, in the examples' order, are worth."""

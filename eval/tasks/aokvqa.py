@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from vlm.data.convert.common import make_example
@@ -10,7 +12,7 @@ from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval.metrics.answers import direct_answer
 from vlm.eval.scorers import choice_chance, choice_scores, item_scores
-from vlm.eval.task import Published, Task
+from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, coco_names, field, load
 
 
@@ -41,6 +43,11 @@ def read_choices(root: Path | None, split: str, pictures: bool) -> list[Example]
     return _read(root, split, pictures, True)
 
 
+def submission(key: str, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The leaderboard's format: question id -> {"direct_answer" or "multiple_choice": answer}."""
+    return {official_id(e): {key: answer} for e, answer in zip(examples, answers, strict=True)}
+
+
 def _direct(answer: str, example: Example) -> float:
     return direct_answer(answer, example.answers)
 
@@ -55,6 +62,7 @@ TASKS = (
         splits=("train", "dev"),
         generation={"max_new_tokens": 12},
         answer_key="direct_answer",
+        submission=partial(submission, "direct_answer"),
         published=(Published("accuracy", 48.6, "GPV-2, Schwenk et al. 2022, val"),),
     ),
     Task(
@@ -68,6 +76,7 @@ TASKS = (
         choices=True,
         generation={"max_new_tokens": 12},
         answer_key="multiple_choice",
+        submission=partial(submission, "multiple_choice"),
         published=(Published("accuracy", 60.3, "GPV-2, Schwenk et al. 2022, val"),),
     ),
 )

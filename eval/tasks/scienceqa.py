@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.errors import DataError
-from vlm.eval.scorers import choice_chance, choice_scores
-from vlm.eval.task import Published, Task
+from vlm.eval.metrics.answers import read_choice
+from vlm.eval.scorers import choice_chance, choice_scores, options
+from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks.layouts import Pictures, field, load
 
 
@@ -34,6 +36,15 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     return examples
 
 
+def submission(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The leaderboard's format: {"results": {problem: number of the choice}}; -1 where none is named."""
+    results = {}
+    for example, answer in zip(examples, answers, strict=True):
+        read = read_choice(answer, options(example))
+        results[official_id(example)] = -1 if read is None else read
+    return {"results": results}
+
+
 TASKS = (
     Task(
         name="scienceqa-img",
@@ -44,6 +55,7 @@ TASKS = (
         splits=("train", "dev", "test"),
         chance=choice_chance,
         choices=True,
+        submission=submission,
         published=(
             Published("accuracy", 40.1, "guessing, Lu et al. 2022"),
             Published("accuracy", 67.4, "GPT-3 with chain of thought, Lu et al. 2022"),

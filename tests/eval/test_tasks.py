@@ -108,8 +108,16 @@ def test_official_results_format_comes_back(name: str, folder: str, split: str, 
     task, examples = load(name, folder, split)
     answers = [f"{number} {example.answers[0]}" for number, example in enumerate(examples)]
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(export(task, examples, answers)[::-1]), encoding="utf-8")
-    assert read_predictions(path, task, examples) == answers
+    exported = export(task, examples, answers)
+    if isinstance(exported, list):
+        exported.reverse()
+    path.write_text(json.dumps(exported), encoding="utf-8")
+    if name == "scienceqa-img":
+        assert exported == {
+            "results": {e.id: json.loads(e.meta["options"]).index(e.answers[0]) for e in examples}
+        }
+    else:
+        assert read_predictions(path, task, examples) == answers
 
 
 def test_score_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +222,38 @@ def test_other_formats_of_answers(tmp_path: Path) -> None:
     lines.write_text("x\n", encoding="utf-8")
     with pytest.raises(DataError, match="1 lines for 10 examples"):
         read_predictions(lines, task, examples)
+
+
+def test_pope_results_without_ids_go_by_order(tmp_path: Path) -> None:
+    task, examples = load("pope", "pope", "random")
+    path = tmp_path / "answers.jsonl"
+    rows = [{"question": e.turns[-1].text, "answer": "Yes, there is."} for e in examples]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    scores = task.scores(examples, read_predictions(path, task, examples))
+    assert (scores.metrics["accuracy"], scores.metrics["yes_rate"]) == (50.0, 100.0)
+    path.write_text(json.dumps(rows[:1]), encoding="utf-8")
+    with pytest.raises(DataError, match="1 answers for 12 examples"):
+        read_predictions(path, task, examples)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "train"),
+    [("flickr8k", "dev", "train"), ("daquar", "test", "train"), ("daquar", "dev", "train-rest")]
+    + [("easy-vqa", None, "train"), ("easy-vqa", "val", "train-rest")],
+)
+def test_the_prior_never_sees_what_is_evaluated(name: str, split: str | None, train: str) -> None:
+    assert tasks.get(name).train_for(split) == train
+
+
+def test_no_prior_where_training_is_evaluated() -> None:
+    for name, split in (
+        ("daquar", "train"),
+        ("daquar", "train-rest"),
+        ("pope", "random"),
+        ("folder-vqa", "all"),
+    ):
+        with pytest.raises(DataError, match="training split"):
+            tasks.get(name).train_for(split)
 
 
 def test_unknown_task_and_split_name_the_nearest() -> None:
