@@ -12,11 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm.data.example import Example
-from vlm.data.rows import BadRow, RowError, as_text, examples_from_row, picture_finder
-from vlm.data.tables import METADATA, Rows, text_rows
+from vlm.data.rows import BadRow, Find, RowError, as_text, examples_from_row, picture_finder
+from vlm.data.tables import Rows, text_rows
 from vlm.errors import DataError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "val"), "test": ("test",)}
+TEXT_TABLES = (".csv", ".tsv", ".jsonl")
 JSON_FIELDS = ("json", "jsonl")
 Shard = tuple[int, int]
 
@@ -39,13 +40,6 @@ def _undecoded(stream: Any) -> Any:
     return stream
 
 
-def _sharded(stream: Any, shard: Shard) -> Any:
-    from datasets.distributed import split_dataset_by_node
-
-    rank, world = shard
-    return split_dataset_by_node(stream, rank=rank, world_size=world) if world > 1 else stream
-
-
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with the object of its `.json` member beside the other columns (WebDataset)."""
     flat: dict[str, Any] = {}
@@ -57,10 +51,31 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _examples(stream: Any, name: str, base: Path) -> Iterator[Example | BadRow]:
-    find = picture_finder(base)
-    for number, row in enumerate(stream):
-        place = f"{name} row {as_text(row.get('__key__')) or number}"
+def _rows(kind: str, files: Sequence[str], shard: Shard) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) of this reader's part: whole files where they divide evenly, else every n-th row.
+
+    A row's place is the same whoever reads it.
+    """
+    rank, world = shard
+    by_file = len(files) % world == 0
+    total = 0
+    for number, file in enumerate(files):
+        if by_file and number % world != rank:
+            continue
+        for index, row in enumerate(_load(kind, [file])):
+            if by_file or total % world == rank:
+                yield f"{PurePosixPath(file).name} row {as_text(row.get('__key__')) or index}", row
+            total += 1
+
+
+def _stream_rows(stream: Any, name: str, shard: Shard) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for index, row in enumerate(stream):
+        if index % shard[1] == shard[0]:
+            yield f"{name} row {index}", row
+
+
+def _examples(rows: Iterator[tuple[str, Mapping[str, Any]]], find: Find) -> Iterator[Example | BadRow]:
+    for place, row in rows:
         try:
             yield from examples_from_row(_flat(row), place, find)
         except RowError as error:
@@ -83,31 +98,23 @@ def _guarded(examples: Iterator[Example | BadRow], name: str) -> Iterator[Exampl
         ) from error
 
 
+def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Example | BadRow]:
+    name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*{files[0].suffix}"
+    rows = _rows(kind, [str(file) for file in files], shard)
+    return _guarded(_examples(rows, picture_finder(files[0].parent)), name)
+
+
 def read_parquet(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
     """The rows of Parquet files, in order; a picture column holds {"bytes", "path"} or paths.
 
     `shard` = (rank, world): the part of one of `world` readers; together they read every row once.
     """
-    name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*.parquet"
-
-    def read() -> Iterator[Example | BadRow]:
-        yield from _examples(
-            _sharded(_load("parquet", [str(f) for f in files]), shard), name, files[0].parent
-        )
-
-    return _guarded(read(), name)
+    return _read_files("parquet", files, shard)
 
 
 def read_webdataset(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
     """The samples of WebDataset tar shards: `KEY.jpg` with `KEY.txt` (a caption) or `KEY.json` (columns)."""
-    name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*.tar"
-
-    def read() -> Iterator[Example | BadRow]:
-        yield from _examples(
-            _sharded(_load("webdataset", [str(f) for f in files]), shard), name, files[0].parent
-        )
-
-    return _guarded(read(), name)
+    return _read_files("webdataset", files, shard)
 
 
 def _remote_text(url: str) -> str:
@@ -179,13 +186,12 @@ def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator
         raise DataError(f"{repo} has no {split} part; it has {', '.join(known) or 'none'}")
     kind = type(builder).__module__.split(".")[-1]
     urls = [str(url) for url in files.get(part, [])]
-    tables = [url for url in urls if PurePosixPath(url).name in METADATA] if kind == "imagefolder" else urls
-    if (
-        kind == "csv"
-        or (kind == "json" and all(u.endswith(".jsonl") for u in urls))
-        or (tables and kind == "imagefolder")
-    ):
+    tables = [url for url in urls if url.endswith(TEXT_TABLES)]
+    if tables and kind in ("imagefolder", "csv", "json"):
+        # metadata.jsonl, or a table of any name beside its pictures
         examples = (e for n, e in enumerate(_remote_examples(tables)) if n % shard[1] == shard[0])
         return _guarded(examples, repo)
-    stream = _sharded(_undecoded(builder.as_streaming_dataset(split=part)), shard)
-    return _guarded(_examples(stream, repo, Path()), repo)
+    if kind in ("parquet", "webdataset"):
+        return _guarded(_examples(_rows(kind, urls, shard), picture_finder(Path())), repo)
+    stream = _undecoded(builder.as_streaming_dataset(split=part))
+    return _guarded(_examples(_stream_rows(stream, repo, shard), picture_finder(Path())), repo)
