@@ -1,4 +1,4 @@
-// A heat map over a picture: {rows, columns, values (0 to 1, row by row)}.
+// A picture lit where the answer came from, dark elsewhere. The map: {rows, columns, values, row by row}.
 
 const load = (url) =>
   new Promise((resolve, reject) => {
@@ -25,7 +25,7 @@ export async function overlay(url, { rows, columns, values }) {
   const heat = map.getContext("2d");
   const pixels = heat.createImageData(columns, rows);
   const most = Math.max(...values, 1e-9);
-  values.forEach((value, i) => pixels.data.set([255, 70, 0, Math.round(170 * (value / most))], 4 * i));
+  values.forEach((value, i) => pixels.data.set([0, 0, 0, Math.round(205 * (1 - value / most))], 4 * i));
   heat.putImageData(pixels, 0, 0);
   paint.imageSmoothingEnabled = true;
   paint.imageSmoothingQuality = "high";

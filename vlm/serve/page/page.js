@@ -213,6 +213,7 @@ function openOpinion(turn, asked, text, verdict) {
   for (const name of ["up", "down"]) $(`.${name}`, turn).setAttribute("aria-pressed", String(name === verdict));
   $(".correct", form).hidden = verdict === "up";
   form.hidden = false;
+  form.scrollIntoView({ block: "nearest" });
   (verdict === "up" ? $(".primary", form) : field).focus();
   const close = () => {
     form.hidden = true;
@@ -255,6 +256,7 @@ async function showLook(turn, asked, text) {
   }
   place.hidden = !place.hidden;
   button.setAttribute("aria-pressed", String(!place.hidden));
+  turn.scrollIntoView({ block: "nearest" });
 }
 
 // --- start -----------------------------------------------------------------------------------------
