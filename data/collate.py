@@ -11,6 +11,8 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.conversation import ImageSource
@@ -18,6 +20,7 @@ from vlm.data.example import Example
 from vlm.errors import DataError
 
 if TYPE_CHECKING:
+    from vlm.language import LanguageModel
     from vlm.processor import Processor, Row, Tokens
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -55,7 +58,7 @@ class Group:
     by_source: list[list[Pair]]
     per_image: tuple[int, ...]
 
-    @property
+    @cached_property
     def mirrors(self) -> bool:
         """Whether the mirrored pictures fit the words too: none of them says left or right."""
         texts = (f"{p.example.turns[-1].text} {p.answer}" for pairs in self.by_source for p in pairs)
@@ -87,7 +90,7 @@ def group_by_image(sources: Sequence[Source]) -> list[Group]:
         for example in source.examples:
             if not any(answer.strip() for answer in example.answers):
                 raise DataError(f"example {example.id!r} has no answer to learn")
-            name = "|".join(str(image) for image in example.images)
+            name = "|".join(image_name(image) for image in example.images)
             if name not in groups:
                 limits = tuple(s.per_image for s in sources)
                 groups[name] = Group(name, example.images, [[] for _ in sources], limits)
@@ -96,7 +99,20 @@ def group_by_image(sources: Sequence[Source]) -> list[Group]:
     return [groups[name] for name in sorted(groups)]
 
 
-def epoch_batches(groups: Sequence[Group], size: int, seed: int, epoch: int) -> list[list[int]]:
+def image_name(image: ImageSource) -> str:
+    """A path as it is; the digest of a picture that comes as bytes or pixels."""
+    if isinstance(image, str | Path):
+        return str(image)
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    from vlm.images import open_picture
+
+    return open_picture(image).sha256
+
+
+def epoch_batches(
+    groups: Sequence[Group], size: int, seed: int, epoch: int, by_length: bool = True
+) -> list[list[int]]:
     """Indices of an epoch's batches: shuffled, rows of like length together; the last one may be short."""
     chance = seeded(seed, epoch, "order")
     order = list(range(len(groups)))
@@ -104,7 +120,9 @@ def epoch_batches(groups: Sequence[Group], size: int, seed: int, epoch: int) -> 
     batches = []
     window = size * 16
     for begin in range(0, len(order), window):
-        part = sorted(order[begin : begin + window], key=lambda i: _length(groups[i], seed, epoch))
+        part = order[begin : begin + window]
+        if by_length:
+            part = sorted(part, key=lambda i: _length(groups[i], seed, epoch))
         cut = [part[i : i + size] for i in range(0, len(part), size)]
         chance.shuffle(cut)
         batches += cut
@@ -116,15 +134,16 @@ def _length(group: Group, seed: int, epoch: int) -> int:
 
 
 def batches_from(
-    groups: Sequence[Group], size: int, seed: int, start: int = 0
+    groups: Sequence[Group], size: int, seed: int, start: int = 0, by_length: bool = True
 ) -> Iterator[tuple[int, list[int]]]:
     """(epoch, batch) without end, from the `start`-th batch on."""
     epoch, skipped = 0, 0
     while True:
-        batches = epoch_batches(groups, size, seed, epoch) if start < skipped + len(groups) else []
-        count = len(batches) or -(-len(groups) // size)
-        for batch in batches[max(0, start - skipped) :]:
-            yield epoch, batch
+        count = -(-len(groups) // size)
+        if start < skipped + count:
+            batches = epoch_batches(groups, size, seed, epoch, by_length)
+            for batch in batches[max(0, start - skipped) :]:
+                yield epoch, batch
         skipped += count
         epoch += 1
 
@@ -135,8 +154,26 @@ def told_of(group: Group, processor: Processor, seed: int, epoch: int) -> list[t
     return [(processor.tokens(pair.example, pair.answer), pair.weight) for pair in drawn]
 
 
-def rows_of(told: Sequence[tuple[Tokens, float]], processor: Processor) -> list[Row]:
-    """One row, unless the adapter reads the question with the picture: then one for each answer."""
-    if processor.question_aware:
+def rows_of(told: Sequence[tuple[Tokens, float]], processor: Processor, shared: bool = True) -> list[Row]:
+    """One row; or one for each answer, where not `shared` or where the adapter reads the question too."""
+    if processor.question_aware or not shared:
         return [processor.row([tokens], [weight]) for tokens, weight in told]
     return [processor.row([tokens for tokens, _ in told], [weight for _, weight in told])]
+
+
+def masked_text(tokens: Tokens, language: LanguageModel) -> str:
+    """A conversation as the model reads it; what it learns to say stands in [[double brackets]].
+
+    A soft token is shown as a small square.
+    """
+    pieces: list[str] = []
+    begin = 0
+    for end in range(1, len(tokens) + 1):
+        if end < len(tokens) and tokens.supervised[end] == tokens.supervised[begin]:
+            continue
+        codes = tokens.codes[begin:end]
+        soft = "\u25a1" * sum(code < 0 for code in codes)
+        text = soft + str(language.tokenizer.decode([code for code in codes if code >= 0]))
+        pieces.append(f"[[{text}]]" if tokens.supervised[begin] else text)
+        begin = end
+    return "".join(pieces)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vlm.config import ModelConfig, from_dict
@@ -15,7 +14,7 @@ class SourceConfig:
     """One data set among those that a run learns from."""
 
     name: str = ""
-    """A known set (`flickr8k`, `daquar`, `easy-vqa`), or a folder in any layout that `vlm data check` reads."""
+    """A known set, `shapes` (drawn here), or anything `vlm data check` reads; empty: what `data` names."""
     split: str = "train"
     """Which part of it."""
     questions: bool = False
@@ -24,6 +23,8 @@ class SourceConfig:
     """At most this many answers a picture and epoch."""
     weight: float = 1.0
     """Weight of its tokens in the loss."""
+    limit: int = 0
+    """Only the first so many pictures; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,28 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class FastConfig:
+    """What a mostly frozen network allows; each is a switch, so that its gain can be measured."""
+
+    shared_rows: bool = True
+    """Everything said of a picture shares one row, one beginning and one set of latents."""
+    fused_loss: bool = True
+    """The vocabulary projection and its gradient chunk by chunk, never all the logits at once."""
+    length_groups: bool = True
+    """Rows of like length share a batch."""
+    backward_cut: bool = True
+    """No gradient below the lowest trained layer."""
+    lower_cache: int = 0
+    """Megabytes for the hidden states below the lowest gated block, which depend on text alone; 0: none."""
+    int8: bool = False
+    """The frozen language model's matrices in 8 bits: a quarter of the memory, slower, not exact."""
+    checkpointing: bool = False
+    """Recompute the language model's activations in the backward pass instead of keeping them."""
+    compile: str = ""
+    """Compile the language model's layers with this torch backend (`inductor`)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A recipe."""
 
@@ -68,7 +91,7 @@ class TrainConfig:
     batch: int = 12
     """Pictures a step; everything drawn for a picture shares one row."""
     micro: int = 0
-    """Pictures a forward pass; 0: the whole batch at once."""
+    """Pictures a forward pass; 0: as many of the batch as memory holds."""
     objective: str = "likelihood"
     """`likelihood`, or `cider`: besides the sources' answers, captions sampled and rewarded by CIDEr."""
     samples: int = 5
@@ -82,12 +105,17 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, order, drawing, dropout."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    holdout: float = 0.0
+    """Share of the pictures that is set aside and asked before and after training."""
+    fast: FastConfig = field(default_factory=FastConfig)
     save_every: int = 200
     """Steps between saves of the training state."""
     keep: int = 2
     """Saved states that are kept."""
     log_every: int = 10
     """Steps between lines of the log."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate (`tensorboard`, `wandb`, ...); [] for none."""
     feature_cache: str = ""
     """Folder of the feature cache; empty: the user's cache folder."""
     note: str = ""
@@ -102,6 +130,10 @@ class TrainConfig:
             raise ConfigError("the objective cider compares samples: samples must be at least 2")
         if self.steps < 1 or self.batch < 1 or self.micro < 0:
             raise ConfigError("steps and batch must be at least 1, micro at least 0")
+        if self.save_every < 1 or self.keep < 1 or self.log_every < 1:
+            raise ConfigError("save_every, keep and log_every must be at least 1")
+        if not 0 <= self.flip <= 1 or not 0 <= self.smoothing < 1 or not 0 <= self.holdout < 1:
+            raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
 
 
 def recipe_config(values: dict[str, Any]) -> TrainConfig:
@@ -117,17 +149,3 @@ def recipe_config(values: dict[str, Any]) -> TrainConfig:
     parsed = tuple(from_dict(SourceConfig, s, f"sources[{i}].") for i, s in enumerate(sources))
     config = from_dict(TrainConfig, values)
     return TrainConfig(**{**vars(config), "sources": parsed})
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe's file: a path, or the name of one that ships.
-
-    Raises:
-        ConfigError: neither.
-    """
-    shipped = Path(__file__).parent / "recipes"
-    for path in (Path(name), shipped / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
-    raise ConfigError(f"{name} is no recipe: give a YAML file or one of {known}")

@@ -6,32 +6,34 @@ sum of their weights, so neither the micro-batch nor the number of processes cha
 
 from __future__ import annotations
 
+import json
 import math
-import signal
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.checkpoint import save_adapter
-from vlm.config import to_dict
-from vlm.data.collate import Group, batches_from, rows_of, seeded, told_of
+from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, told_of
 from vlm.errors import VLMError
 from vlm.model import VLM
-from vlm.processor import Row
+from vlm.processor import Row, Tokens
+from vlm.train import fast
 from vlm.train.config import TrainConfig
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
+from vlm.train.processes import Processes
+from vlm.train.recipe import identity, same_recipe
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
-from vlm.train.state import load_state, newest_valid, save_state
+from vlm.train.state import newest_valid, pack, read_state, restore, save_state
 
 BAD_STEPS = 5
 """Steps in a row with a loss that is no number, after which a run gives up."""
@@ -52,22 +54,25 @@ class Step:
     tokens: int
     seconds: float
     numbers: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0
+    skipped: bool = False
 
 
 @dataclass
-class _Part:
+class Part:
     """A micro-batch: its rows, their images' features, and the mean reward of its sampled captions."""
 
     rows: list[Row]
     features: Tensor
-    reward: float
+    reward: float = 0.0
 
 
 class Trainer:
     """Runs a recipe over groups of examples.
 
     Args:
-        report: called with each step's figures.
+        report: called with each step's figures, on the main process.
+        accelerator: made for the machine when None.
     """
 
     def __init__(
@@ -77,117 +82,170 @@ class Trainer:
         groups: list[Group],
         store: FeatureStore,
         report: Callable[[Step], None],
+        accelerator: Accelerator | None = None,
     ) -> None:
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        self.processes = Processes(self.accelerator)
         self.config, self.groups, self.store, self.report = config, groups, store, report
         self.out = Path(config.out)
         self.model = model.to(self.accelerator.device)
         self.adapter = model.adapter
         if config.precision == "bf16":
             model.language.halve()
+        self.loss = fast.prepare(model, config.fast)
+        self.processes.same_start(self.adapter)
         self.optimizer = build_optimizer(self.adapter, config.optim)
         self.average = Average(self.adapter, config.optim.average) if config.optim.average else None
+        self.micro = config.micro
         self.step = 0
         self.bad = 0
         self.skipped = 0
+        self.seconds = 0.0
         self.stopping = False
+        self.data_hash = store.data_hash(groups)
         self.reward = CiderReward(caption_references(groups)) if config.objective == "cider" else None
 
-    def resume(self) -> list[Path]:
-        """Continues from the newest whole state, if there is one; returns the damaged ones passed over."""
+    # --- from start to end -------------------------------------------------------------------------
+
+    def resume(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Continues from the newest whole state, if there is one.
+
+        Raises:
+            TrainingError: the state is of another recipe or other data.
+        """
         path, damaged = newest_valid(self.out / "state")
-        if path is not None:
-            extra = load_state(path, self.adapter, self.optimizer, self.average)
-            if extra["config"] != _identity(self.config):
-                raise TrainingError(f"{path} is of another recipe: choose another out=FOLDER, or remove it")
-            self.step, self.skipped = extra["step"], extra["skipped"]
-        return damaged
+        for folder in damaged:
+            say(f"{folder} is damaged; {'the state before it is used' if path else 'starting anew'}")
+        if path is None:
+            return
+        tensors, meta = read_state(path)
+        extra = meta["extra"]
+        if not same_recipe(extra["config"], self.config):
+            raise TrainingError(
+                f"{path} is of another recipe: choose another out=FOLDER, or give --fresh to start anew"
+            )
+        if extra.get("data", self.data_hash) != self.data_hash:
+            raise TrainingError(
+                f"{path} was trained on other pictures or answers: choose another out=FOLDER, or give --fresh"
+            )
+        restore(
+            path, tensors, meta["groups"], self.adapter, self.optimizer, self.average, self.processes.rank
+        )
+        self.step, self.skipped = extra["step"], extra["skipped"]
+        self.bad, self.seconds = extra.get("bad", 0), extra.get("seconds", 0.0)
+        self.micro = extra.get("micro", self.micro)
+        if (threads := extra.get("threads", torch.get_num_threads())) != torch.get_num_threads():
+            # Sums are split among threads, so their number is part of every result's last bits.
+            say(f"the run was started with {threads} threads and goes on with as many")
+            torch.set_num_threads(threads)
+        say(f"continuing after step {self.step}")
 
     def run(self) -> None:
-        """Trains to the last step, or to SIGTERM, and leaves the adapter in `out`."""
-        previous = signal.signal(signal.SIGTERM, self._stop)
-        try:
-            self._steps()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        if self.accelerator.is_main_process:
+        """Trains to the last step, or until told to stop, and leaves the adapter in `out`."""
+        with self.processes.listening(self.stop):
+            self.learn()
+        if self.processes.main:
             self.save_adapter()
+        self.accelerator.wait_for_everyone()
 
     def save_adapter(self, card: str = "") -> None:
         """Writes the adapter (its moving average, where there is one) as float16."""
         tensors = self.average.tensors if self.average else self.adapter.state_dict()
         save_adapter(self.model, self.out, card=card, tensors={k: v.half() for k, v in tensors.items()})
 
-    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+    def stop(self) -> None:
+        """Ends the run after the step that is being made."""
         self.stopping = True
 
-    def _steps(self) -> None:
+    def learn(self, save: bool = True) -> None:
+        """Makes the steps that are left, or those until `stop`; saves states on the way if `save`."""
         config = self.config
         self.model.train()
         if self.step == 0:
-            set_seed(config.seed)
-        stream = batches_from(self.groups, config.batch, config.seed, self.step)
-        while self.step < config.steps and not self.stopping:
-            epoch, indices = next(stream)
-            began = time.perf_counter()
-            result = self._one_step(epoch, [self.groups[i] for i in indices])
-            self.step += 1
-            result.seconds = time.perf_counter() - began
-            result.step = self.step
-            if self.accelerator.is_main_process:
-                self.report(result)
-            if self.step % config.save_every == 0 or self.step == config.steps or self.stopping:
-                self._save()
-        self.model.eval()
+            set_seed(config.seed + self.processes.rank)
+        stream = batches_from(
+            self.groups, config.batch, config.seed, self.step, by_length=config.fast.length_groups
+        )
+        try:
+            while self.step < config.steps and not self.stopping:
+                epoch, indices = next(stream)
+                began = time.perf_counter()
+                result = self.one_step(epoch, [self.groups[i] for i in indices])
+                self.step += 1
+                result.step, result.epoch = self.step, epoch
+                result.seconds = time.perf_counter() - began
+                self.seconds += result.seconds
+                if self.processes.main:
+                    self.report(result)
+                due = self.step % config.save_every == 0 or self.step == config.steps or self.stopping
+                if save and due:
+                    self.save()
+        finally:
+            self.model.eval()
 
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            extra = {"step": self.step, "skipped": self.skipped, "config": _identity(self.config)}
-            save_state(
-                self.out / "state",
-                self.step,
-                self.adapter,
-                self.optimizer,
-                self.average,
-                extra,
-                self.config.keep,
-            )
+    def save(self) -> None:
+        """Writes the state of every process."""
+        randoms = self.processes.random_states()
+        if self.processes.main:
+            extra = {
+                "step": self.step,
+                "skipped": self.skipped,
+                "bad": self.bad,
+                "seconds": self.seconds,
+                "micro": self.micro,
+                "threads": torch.get_num_threads(),
+                "data": self.data_hash,
+                "config": identity(self.config),
+            }
+            files = pack(self.adapter, self.optimizer, self.average, randoms, extra)
+            save_state(self.out / "state", self.step, files, self.config.keep)
         self.accelerator.wait_for_everyone()
 
-    def _one_step(self, epoch: int, groups: list[Group]) -> Step:
+    # --- one step ----------------------------------------------------------------------------------
+
+    def one_step(self, epoch: int, groups: list[Group]) -> Step:
+        """One optimizer step over a batch of groups; every process calls it with the same batch."""
         config = self.config
         rate = learning_rate(self.step, config.steps, config.optim)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate * settings["factor"]
-        mine = groups[self.accelerator.process_index :: self.accelerator.num_processes]
-        micro = config.micro or max(1, len(mine))
+        mine = self.processes.mine(groups)
+        micro = self.micro or max(1, len(mine))
+        parts = [self.prepare(mine[i : i + micro], epoch) for i in range(0, len(mine), micro)]
         # Every process divides by the weight of the whole step, known before the first backward pass.
-        parts = [self._prepare(mine[i : i + micro], epoch) for i in range(0, len(mine), micro)]
-        weight = torch.tensor(sum(self._weight(row) for part in parts for row in part.rows))
-        weight = self.accelerator.reduce(weight.to(self.accelerator.device), reduction="sum")
-        total = torch.zeros((), device=self.accelerator.device)
-        tokens = 0
+        local = sum(self._weight(row) for part in parts for row in part.rows)
+        (weight,) = self.processes.sums([local])
+        total, tokens = 0.0, 0
         for part in parts:
-            batch = self.model.processor.batch(part.rows).to(self.accelerator.device)
-            tokens += batch.ids.numel()
-            with self._autocast():
-                loss, _ = self.model.loss(batch, part.features.to(self.accelerator.device), config.smoothing)
-            (loss / weight).backward()
-            total += loss.detach()
-        loss_value = float(self.accelerator.reduce(total, reduction="sum") / weight)
-        self._reduce_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.trainable(), config.optim.clip))
-        self._update(loss_value, norm, groups)
-        numbers = self.adapter.statistics()
+            loss, size = self.backward(part, weight)
+            total, tokens = total + loss, tokens + size
+        rewards = sum(part.reward * len(part.rows) for part in parts)
+        rows = sum(len(part.rows) for part in parts)
+        total, read, rewards, shown, stop = self.processes.sums([total, tokens, rewards, rows, self.stopping])
+        self.stopping = stop > 0
+        self.processes.sum_gradients(self.model.trainable())
+        numbers = self.adapter.statistics() | _norms(self.adapter)
+        norm = float(nn.utils.clip_grad_norm_(self.model.trainable(), config.optim.clip))
+        skipped = not self._update(total / weight, norm, groups)
         if self.reward is not None:
-            numbers["reward"] = sum(part.reward for part in parts) / len(parts)
-        return Step(0, loss_value, rate, norm, tokens, 0.0, numbers)
+            numbers["reward"] = rewards / max(1, shown)
+        return Step(0, total / weight, rate, norm, int(read), 0.0, numbers, epoch, skipped)
+
+    def backward(self, part: Part, weight: float) -> tuple[float, int]:
+        """Adds a part's gradient; returns its loss (a sum) and the number of tokens read."""
+        batch = self.model.processor.batch(part.rows).to(self.accelerator.device)
+        features = part.features.to(self.accelerator.device)
+        with self.autocast():
+            loss = self.loss(batch, features, self.config.smoothing)
+        (loss / weight).backward()
+        return float(loss.detach()), batch.ids.numel()
 
     def _weight(self, row: Row) -> float:
         """What a row counts in a step's mean; advantages sum to nothing, so with them it is the tokens."""
         return sum(weight for _, _, weight in row.labels) if self.reward is None else len(row.labels)
 
-    def _prepare(self, groups: list[Group], epoch: int) -> _Part:
+    def prepare(self, groups: Sequence[Group], epoch: int) -> Part:
+        """A micro-batch of an epoch's drawing."""
         config, processor = self.config, self.model.processor
         seen: list[Tensor] = []
         for group in groups:
@@ -196,31 +254,35 @@ class Trainer:
         told = [told_of(group, processor, config.seed, epoch) for group in groups]
         reward = 0.0
         if self.reward is not None:
-            with self._autocast():
+            with self.autocast():
                 sampled, reward = rewarded(self.model, self.reward, groups, torch.cat(seen), config.samples)
             told = [one + other for one, other in zip(told, sampled, strict=True)]
         rows: list[Row] = []
         features: list[Tensor] = []
-        for pairs, feature in zip(told, seen, strict=True):
-            made = rows_of(pairs, processor)
+        for group, pairs, feature in zip(groups, told, seen, strict=True):
+            self._check_supervised(group, pairs)
+            made = rows_of(pairs, processor, config.fast.shared_rows)
             rows += made
             features += [feature] * len(made)
-        return _Part(rows, torch.cat(features), reward)
+        return Part(rows, torch.cat(features), reward)
 
-    def _autocast(self) -> Any:
+    def _check_supervised(self, group: Group, told: Sequence[tuple[Tokens, float]]) -> None:
+        for tokens, _ in told:
+            if not any(tokens.supervised):
+                raise TrainingError(
+                    f"{group.id}: a sample has no token to learn: {masked_text(tokens, self.model.language)}"
+                )
+
+    def autocast(self) -> Any:
+        """The precision that the recipe asks for."""
         if self.config.precision == "bf16":
             return torch.autocast(self.accelerator.device.type, torch.bfloat16)
         return nullcontext()
 
-    def _reduce_gradients(self) -> None:
-        if self.accelerator.num_processes > 1:
-            for parameter in self.model.trainable():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
-
-    def _update(self, loss: float, norm: float, groups: list[Group]) -> None:
-        """Moves the weights, unless the loss or its gradient is no number."""
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _update(self, loss: float, norm: float, groups: Sequence[Group]) -> bool:
+        """Moves the weights, unless the loss or its gradient is no number; returns whether it did."""
+        fine = math.isfinite(loss) and math.isfinite(norm)
+        if fine:
             self.optimizer.step()
             self.bad = 0
             if self.average is not None:
@@ -228,15 +290,36 @@ class Trainer:
         else:
             self.bad += 1
             self.skipped += 1
-            names = ", ".join(group.id for group in groups[:20])
-            if self.bad >= BAD_STEPS:
-                raise TrainingError(f"{BAD_STEPS} steps in a row gave no finite loss; the last saw {names}")
+            self._dump(loss, norm, groups)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.bad >= BAD_STEPS:
+            raise TrainingError(
+                f"{BAD_STEPS} steps in a row gave no finite loss; "
+                f"{self.out / 'skipped.jsonl'} names their samples"
+            )
+        return fine
+
+    def _dump(self, loss: float, norm: float, groups: Sequence[Group]) -> None:
+        """Which samples a skipped step held."""
+        if not self.processes.main:
+            return
+        names = [
+            {"picture": group.id, "ids": [pair.example.id for pairs in group.by_source for pair in pairs]}
+            for group in groups
+        ]
+        line = {"step": self.step + 1, "loss": str(loss), "norm": str(norm), "samples": names}
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "skipped.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must not change between a run and its continuation."""
-    values = to_dict(config)
-    for free in ("out", "save_every", "keep", "log_every", "note", "feature_cache", "data"):
-        values.pop(free)
-    return values
+def _norms(adapter: nn.Module) -> dict[str, float]:
+    """Gradient norm of each part of an adapter, before clipping."""
+    numbers = {}
+    for name, part in adapter.named_children():
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        if gradients:
+            numbers[f"gradient/{name}"] = float(nn.utils.get_total_norm(gradients))
+    return numbers

@@ -68,4 +68,4 @@ class Average:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.count = int(state["_count"])
-        self.tensors = {k: v for k, v in state.items() if k != "_count"}
+        self.tensors = {k: state[k].to(v.device) for k, v in self.tensors.items()}

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from vlm.config import CAPTION_PROMPT
-from vlm.data.collate import Group, Source
+from vlm.data.collate import Group, Source, group_by_image, image_name
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
+from vlm.data.splits import split_by_image
 from vlm.data.text import normalise_caption
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.features import Features
-from vlm.images import open_picture
-from vlm.train.config import TrainConfig
+from vlm.images import ImageError, open_picture
+from vlm.train.config import SourceConfig, TrainConfig
+from vlm.train.shapes import SHAPES, shapes
 
 MEMORY = 6 << 30
 """Bytes of features held in memory; the rest is read from the cache, step by step."""
+BAD_SHARE = 0.01
+"""Unreadable pictures that a run goes on without; more than this share stop it."""
+HOLDOUT_SALT = "holdout"
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,16 +39,34 @@ def read_sources(config: TrainConfig) -> list[Source]:
     """
     if not config.sources:
         raise ConfigError("the recipe names no sources")
-    root = Path(config.data) if config.data else None
-    sources = []
-    for source in config.sources:
-        examples = read_dataset(source.name or config.data, root, source.split)
-        if source.questions:
-            from vlm.data.questions import questions_from_captions
+    return [
+        Source([spoken(e) for e in read_source(source, config)], source.per_image, source.weight)
+        for source in config.sources
+    ]
 
-            examples = questions_from_captions(examples, seed=config.seed)
-        sources.append(Source([spoken(e) for e in examples], source.per_image, source.weight))
-    return sources
+
+def read_source(source: SourceConfig, config: TrainConfig) -> Sequence[Example]:
+    """The examples of one source."""
+    if source.name == SHAPES:
+        return shapes(source.limit or 64, config.seed)
+    if not source.name and not config.data:
+        raise ConfigError("say where your pictures are: data=FOLDER")
+    root = Path(config.data) if config.data else None
+    examples: Sequence[Example] = read_dataset(source.name or config.data, root, source.split)
+    if source.limit:
+        examples = first_pictures(examples, source.limit)
+    if source.questions:
+        from vlm.data.questions import questions_from_captions
+
+        examples = questions_from_captions(examples, seed=config.seed)
+    return examples
+
+
+def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
+    """Everything said of the first `count` pictures."""
+    names = ["|".join(map(image_name, example.images)) for example in examples]
+    kept = set(list(dict.fromkeys(names))[:count])
+    return [example for example, name in zip(examples, names, strict=True) if name in kept]
 
 
 def spoken(example: Example) -> Example:
@@ -49,30 +74,80 @@ def spoken(example: Example) -> Example:
     if example.turns[-1].text != CAPTION_PROMPT:
         return example
     answers = tuple(filter(None, map(normalise_caption, example.answers)))
-    return Example(example.images, example.turns, answers, example.id, example.meta)
+    return replace(example, answers=answers)
+
+
+def set_aside(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Example]]:
+    """The sources without a share of their pictures, and every example of those pictures.
+
+    Raises:
+        DataError: there are fewer than two pictures.
+    """
+    if not share:
+        return list(sources), []
+    _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
+    away = {id(example) for example in held}
+    kept = [replace(s, examples=[e for e in s.examples if id(e) not in away]) for s in sources]
+    return kept, held
+
+
+def groups_of(sources: Sequence[Source]) -> list[Group]:
+    """The sources' examples by picture.
+
+    Raises:
+        DataError: nothing is left to learn from.
+    """
+    groups = group_by_image(sources)
+    if not groups:
+        raise DataError("there are no pictures to learn from")
+    return groups
 
 
 class FeatureStore:
     """Features of the groups' pictures by group and view, always from the cache.
 
     Everything is encoded before the first step and read from the cache afterwards: the features of one
-    picture differ in their last bits between batch sizes, and a resumed run must not see that.
+    picture differ in their last bits between batch sizes, and a resumed run must not see that. Several
+    processes begin at different places, so that each finds most of the others' work done.
+
+    Attributes:
+        bad: why pictures cannot be used, by the group's id; such groups have no features.
     """
 
-    def __init__(self, features: Features, groups: Sequence[Group], flip: float, progress: Progress) -> None:
+    def __init__(
+        self,
+        features: Features,
+        groups: Sequence[Group],
+        flip: float,
+        progress: Progress,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.features = features
+        self.bad: dict[str, str] = {}
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._held: dict[tuple[str, str], Tensor] = {}
-        held = 0
-        for number, group in enumerate(groups):
-            pictures = [open_picture(image) for image in group.images]
-            for view in ("whole", "flip") if flip > 0 and group.mirrors else ("whole",):
-                seen = features(pictures, view)
-                self._keys[group.id, view] = [features.key(picture, view) for picture in pictures]
-                if held < MEMORY:
-                    self._held[group.id, view] = seen.half()
-                    held += seen.numel() * 2
-            progress("reading pictures", number + 1, len(groups))
+        self._bytes = 0
+        order = sorted(range(len(groups)), key=lambda i: ((i - rank) % processes, i))
+        for done, index in enumerate(order):
+            group = groups[index]
+            try:
+                self._add(group, ("whole", "flip") if flip > 0 and group.mirrors else ("whole",))
+            except ImageError as problem:
+                self.bad[group.id] = str(problem)
+            progress("reading pictures", done + 1, len(groups))
+        if len(self.bad) > BAD_SHARE * len(groups):
+            first = "; ".join(list(self.bad.values())[:5])
+            raise DataError(f"{len(self.bad)} of {len(groups)} pictures cannot be used: {first}")
+
+    def _add(self, group: Group, views: Sequence[str]) -> None:
+        pictures = [open_picture(image) for image in group.images]
+        for view in views:
+            seen = self.features(pictures, view)
+            self._keys[group.id, view] = [self.features.key(picture, view) for picture in pictures]
+            if self._bytes < MEMORY:
+                self._held[group.id, view] = seen.half()
+                self._bytes += seen.numel() * 2
 
     def __call__(self, group: Group, view: str) -> Tensor:
         """(I, N, D_v) of the group's pictures; the whole view where there is no mirrored one."""
@@ -80,3 +155,14 @@ class FeatureStore:
         if name in self._held:
             return self._held[name].float()
         return self.features.stored(self._keys[name])
+
+    def data_hash(self, groups: Sequence[Group]) -> str:
+        """SHA-256 over the pictures' contents and everything said of them, in the groups' order."""
+        total = hashlib.sha256()
+        for group in groups:
+            total.update("\0".join(self._keys[group.id, "whole"]).encode())
+            for pairs in group.by_source:
+                for pair in pairs:
+                    words = "\1".join(turn.text for turn in pair.example.turns)
+                    total.update(f"\n{words}\0{pair.answer}\0{pair.weight}".encode())
+        return total.hexdigest()

@@ -35,7 +35,7 @@ def grams(caption: str) -> Grams:
     return Counter(tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1))
 
 
-def caption_references(groups: Sequence[Group]) -> dict[str, list[str]]:
+def caption_references(groups: Sequence[Group]) -> dict[str, Sequence[str]]:
     """The captions of every group that has some, by its id."""
     captions = {
         group.id: [
@@ -124,15 +124,23 @@ def rewarded(
 ) -> tuple[list[list[tuple[Tokens, float]]], float]:
     """Sampled captions of each group's picture with their advantages, and the mean reward.
 
-    Every sample's baseline is the mean of the others.
+    Every sample's baseline is the mean of the others. A group without captions gets none.
+
+    Args:
+        features: (I, N, D_v) of the groups' pictures, group after group.
     """
     processor = model.processor
-    prompts = [Conversation.ask(group.images, CAPTION_PROMPT) for group in groups]
+    known = [index for index, group in enumerate(groups) if group.id in reward.vectors]
+    result: list[list[tuple[Tokens, float]]] = [[] for _ in groups]
+    if not known:
+        return result, 0.0
+    shares = features.split([len(group.images) for group in groups])
+    prompts = [Conversation.ask(groups[index].images, CAPTION_PROMPT) for index in known]
     rows = [processor.row([processor.tokens(prompt)]) for prompt in prompts]
-    drawn = sample_captions(model, rows, features, samples, longest)
-    result: list[list[tuple[Tokens, float]]] = []
+    drawn = sample_captions(model, rows, torch.cat([shares[index] for index in known]), samples, longest)
     rewards: list[float] = []
-    for group, prompt, answers in zip(groups, prompts, drawn, strict=True):
+    for index, prompt, answers in zip(known, prompts, drawn, strict=True):
+        group = groups[index]
         scores = [reward(group.id, model.language.decode(ids)) for ids in answers]
         rewards += scores
         mean = sum(scores) / samples
@@ -141,5 +149,5 @@ def rewarded(
             tokens = processor.tokens(prompt)
             tokens.add(ids, supervised=True)
             made.append((tokens, (score - mean) * samples / (samples - 1)))
-        result.append(made)
+        result[index] = made
     return result, sum(rewards) / len(rewards)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,21 @@ from vlm.errors import WeightsError
 from vlm.train.optim import Average
 
 PREFIX = "step-"
+STAGING = ".saving"
 
 
-def _pack(
-    adapter: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(
+    adapter: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    randoms: Sequence[Tensor],
+    extra: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """The files of a state.
+
+    Args:
+        randoms: the state of every process's random generator, this one's first.
+    """
     tensors = {f"adapter/{k}": v for k, v in adapter.state_dict().items()}
     state = optimizer.state_dict()
     for index, slots in state["state"].items():
@@ -34,49 +45,56 @@ def _pack(
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
     if average is not None:
         tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
-    tensors["random/torch"] = torch.get_rng_state()
+    for rank, random in enumerate(randoms):
+        tensors[f"random/torch/{rank}" if rank else "random/torch"] = random
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"groups": state["param_groups"]}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    meta = {"groups": state["param_groups"], "extra": dict(extra)}
+    return {"state.safetensors": save(tensors), "state.json": json.dumps(meta).encode()}
 
 
-def save_state(
-    folder: Path,
-    step: int,
-    adapter: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: Average | None,
-    extra: dict[str, Any],
-    keep: int,
-) -> Path:
+def save_state(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
     """Writes `folder/step-N` atomically, then drops all but the last `keep`.
 
     Raises:
         WeightsError: the disk is full or cannot be written; older states stay.
     """
     target = folder / f"{PREFIX}{step:08d}"
-    staging = folder / f".{target.name}.saving"
-    tensors, meta = _pack(adapter, optimizer, average)
-    files = {"state.safetensors": save(tensors), "state.json": json.dumps(meta | {"extra": extra}).encode()}
+    staging = folder / f".{target.name}{STAGING}"
     manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["manifest.json"] = json.dumps(manifest).encode()
+    files = {**files, "manifest.json": json.dumps(manifest).encode()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        for old in folder.glob(f".*{STAGING}"):
+            shutil.rmtree(old)
         staging.mkdir()
         for name, content in files.items():
             with open(staging / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(staging, target)
+        # A whole state of this step is the same state: there is no moment without one.
+        if not whole(target):
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(staging, target)
+            _flush(folder)
     except OSError as problem:
-        shutil.rmtree(staging, ignore_errors=True)
         raise WeightsError(f"{target} cannot be written: {problem.strerror or problem}") from problem
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     for old in saved_states(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _flush(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -84,37 +102,54 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
+def whole(path: Path) -> bool:
+    """Whether a state's files are there and have the hashes of its manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        return set(manifest) == {"state.safetensors", "state.json"} and all(
+            hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+            for name, digest in manifest.items()
+        )
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def newest_valid(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest state whose hashes hold, and the damaged ones that were passed over."""
-    damaged = []
+    damaged: list[Path] = []
     for path in reversed(saved_states(folder)):
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            fine = all(
-                hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
-                for name, digest in manifest.items()
-            )
-        except (OSError, ValueError):
-            fine = False
-        if fine:
+        if whole(path):
             return path, damaged
         damaged.append(path)
     return None, damaged
 
 
-def load_state(
-    path: Path, adapter: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average | None
-) -> dict[str, Any]:
-    """Puts everything back where `save_state` found it; returns its `extra`.
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state's tensors, and its `groups` and `extra`.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        return load((path / "state.safetensors").read_bytes()), json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise WeightsError(f"{path} cannot be read: {problem}") from problem
+
+
+def restore(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    groups: list[dict[str, Any]],
+    adapter: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    rank: int = 0,
+) -> None:
+    """Puts everything back where `pack` found it.
 
     Raises:
         WeightsError: the state belongs to another recipe.
     """
-    try:
-        tensors = load((path / "state.safetensors").read_bytes())
-        meta = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise WeightsError(f"{path} cannot be read: {problem}") from problem
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -125,13 +160,11 @@ def load_state(
         slots.setdefault(int(index), {})[slot] = value
     try:
         adapter.load_state_dict(part("adapter/"), strict=True)
-        optimizer.load_state_dict({"state": slots, "param_groups": meta["groups"]})
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        if average is not None:
+            average.load_state_dict(part("average/"))
+        torch.set_rng_state(tensors[f"random/torch/{rank}" if rank else "random/torch"])
     except (RuntimeError, ValueError, KeyError) as problem:
         raise WeightsError(f"{path} belongs to another recipe: {problem}") from problem
-    if average is not None:
-        average.load_state_dict(part("average/"))
-    torch.set_rng_state(tensors["random/torch"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
+    if "random/cuda" in tensors and torch.cuda.is_available() and rank == 0:
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    extra: dict[str, Any] = meta["extra"]
-    return extra

@@ -1,0 +1,243 @@
+"""The model card: README.md of an adapter folder, filled from what its run wrote down.
+
+    vlm train card OUT --reports dev.json questions.json --pictures sheet.png
+
+Nothing in it is typed by hand but the recipe's `note` and the known failures (`--failures FILE`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.checkpoint import adapter_folder, read_config, replace_files
+from vlm.errors import DataError
+from vlm.options import make_parser
+from vlm.train.curve import smoothed
+from vlm.train.preflight import duration
+from vlm.train.recipe import FREE
+from vlm.train.record import CURVE, RUN, read_log
+from vlm.weights import PINS
+
+DATA_LICENCES = {
+    "flickr8k": "photographs of Flickr users, for non-commercial research and education only",
+    "daquar": "NYU Depth v2 photographs and DAQUAR questions, for research",
+    "easy-vqa": "MIT",
+    "shapes": "drawn by this program",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `vlm train card`."""
+    parser = make_parser("vlm train card", "Write the model card of an adapter from its logs and reports.")
+    parser.add_argument("out", type=Path, help="the adapter's folder")
+    parser.add_argument(
+        "--reports", type=Path, nargs="+", default=[], metavar="FILE", help="reports of `vlm eval`"
+    )
+    parser.add_argument(
+        "--failures", type=Path, metavar="FILE", help="Markdown: what it is known to get wrong"
+    )
+    args = parser.parse_args(argv)
+    try:
+        failures = args.failures.read_text("utf-8") if args.failures else ""
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{args.failures} cannot be read: {problem}") from problem
+    write_card(adapter_folder(args.out, offline=True), args.reports, failures)
+    print(args.out / "README.md")
+    return 0
+
+
+def write_card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> None:
+    """Writes README.md into an adapter's folder.
+
+    Raises:
+        WeightsError: the folder holds no adapter, or cannot be written.
+        DataError: a report cannot be read.
+    """
+    replace_files(out, {"README.md": card(out, reports, failures).encode()})
+
+
+def card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> str:
+    """The card's text."""
+    config = read_config(out)
+    facts = read_facts(out)
+    recipe = facts.get("recipe", {})
+    parts = [
+        _head(config, recipe),
+        _use(out),
+        _training(facts, read_log(out)) if facts else "",
+        _curve(out),
+        _data(facts, recipe) if facts else "",
+        _scores([_read(path) for path in reports]),
+        _frozen(out, config),
+        _limits(failures),
+        _recipe(recipe) if recipe else "",
+    ]
+    return "\n".join(part.strip() + "\n" for part in parts if part.strip())
+
+
+def read_facts(out: Path) -> dict[str, Any]:
+    """What run.json says; nothing where there is none."""
+    path = out / RUN
+    return _read(path) if path.is_file() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{path} cannot be read: {problem}") from problem
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is no report")
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _head(config: dict[str, Any], recipe: dict[str, Any]) -> str:
+    model = config["model"]
+    sets = sorted({source["name"] or "own pictures" for source in recipe.get("sources", [])})
+    about = f"{model['adapter'].capitalize()} adapter" + (f", trained on {', '.join(sets)}" if sets else "")
+    front = [
+        "---",
+        "library_name: vlm-adapters",
+        "pipeline_tag: image-text-to-text",
+        "license: apache-2.0",
+        "---",
+    ]
+    note = recipe.get("note", "")
+    return "\n".join(front) + (
+        f"\n\n# {about}\n\nIt joins the frozen image encoder `{model['vision']['encoder']}` and the frozen "
+        f"language model `{model['language_model']}`; both are used as they are, and are not part of this "
+        f"folder. {note}\n"
+    )
+
+
+def _use(out: Path) -> str:
+    return f'## Use\n\n```sh\nvlm ask --adapter {out.name} picture.jpg "What is in the picture?"\n```\n'
+
+
+def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
+    recipe, plan, machine = facts["recipe"], facts["preflight"], facts["machine"]
+    losses = smoothed([row["loss"] for row in log if row["loss"] is not None])
+    rows = [
+        ("steps", f"{facts.get('steps_done', 0)} of {recipe['steps']}, {recipe['batch']} pictures each"),
+        ("seed", recipe["seed"]),
+        ("trained parameters", f"{plan['trained']:,} (frozen: {plan['frozen']:,})"),
+        ("time", f"{duration(facts.get('seconds', 0))} of steps; predicted {duration(plan['seconds'])}"),
+        (
+            "memory",
+            f"{facts.get('peak_memory', 0) / 1e9:.1f} GB at most; predicted {plan['memory'] / 1e9:.1f} GB",
+        ),
+        ("loss", f"{losses[-1]:.3f} nats per token (moving average at the end)" if losses else "-"),
+        ("steps skipped for a loss that was no number", facts.get("skipped", 0)),
+        ("started from", Path(recipe["start"]).name or "fresh weights"),
+        ("objective", recipe["objective"]),
+        ("precision", recipe["precision"]),
+        (
+            "machine",
+            f"{machine['system']}, {machine['processes']} process(es) of {machine['threads']} threads"
+            + (f", {', '.join(machine['gpus'])}" if machine["gpus"] else ", no GPU"),
+        ),
+        (
+            "versions",
+            f"vlm {machine['vlm']}, torch {machine['torch']}, transformers {machine['transformers']}",
+        ),
+        ("date", facts["date"]),
+    ]
+    return "## Training\n\n" + table(("", ""), rows)
+
+
+def _curve(out: Path) -> str:
+    return f"![Loss and learning rate]({CURVE})" if (out / CURVE).is_file() else ""
+
+
+def _data(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
+    rows = []
+    for source in recipe["sources"]:
+        kind = "questions made from its captions" if source["questions"] else "as it is"
+        licence = DATA_LICENCES.get(source["name"], "as its owner says")
+        rows.append((_name(source, recipe), source["split"], kind, source["weight"], licence))
+    plan = facts["preflight"]
+    rest = [
+        f"{plan['pictures']:,} pictures, {plan['answers']:,} answers; hash `{facts['data_hash'][:16]}`.",
+        f"{facts['held_out']} pictures were set aside." if facts.get("held_out") else "",
+        f"{facts['unreadable']} could not be read and were left out." if facts.get("unreadable") else "",
+    ]
+    head = ("data", "part", "use", "weight", "licence")
+    return "## Data\n\n" + table(head, rows) + "\n" + " ".join(filter(None, rest))
+
+
+def _name(source: dict[str, Any], recipe: dict[str, Any]) -> str:
+    return str(source["name"] or f"own pictures ({Path(recipe['data']).name})")
+
+
+def _scores(reports: Sequence[dict[str, Any]]) -> str:
+    if not reports:
+        return "## Scores\n\nNone yet: `vlm train card OUT --reports REPORT.json ...` fills this part.\n"
+    parts = ["## Scores\n"]
+    for found in reports:
+        main = found["main_metric"]
+        rows: list[Sequence[object]] = []
+        for name, value in found["metrics"].items():
+            low, high = found["intervals"].get(name, (None, None))
+            rows.append((name, f"{value:.1f}", f"{low:.1f} to {high:.1f}" if low is not None else ""))
+        for name, control in found["controls"].items():
+            value = (control["metrics"] or {}).get(main)
+            shown = f"{value:.1f}" if value is not None else f"({control.get('reason', '-')})"
+            rows.append((f"{main}, control: {name}", shown, ""))
+        note = "" if found["comparable"] else "; limited, not comparable with published figures"
+        parts.append(
+            f"### {found['task']}, {found['split']} ({found['n']:,} examples{note})\n\n"
+            + table(("score", "value", "95 % interval"), rows)
+            + f"\nDecoding: {_decoding(found['decoding'])}. "
+            + f"Adapter file: `{found['hashes'].get('adapter', '')[:16]}`.\n"
+        )
+    return "\n".join(parts)
+
+
+def _decoding(options: dict[str, Any]) -> str:
+    said = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+    return said or "greedy"
+
+
+def _frozen(out: Path, config: dict[str, Any]) -> str:
+    digest = hashlib.sha256((out / "adapter.safetensors").read_bytes()).hexdigest()
+    model, hashes = config["model"], config["hashes"]
+    rows = []
+    for what, model_id, key in (
+        ("image encoder", model["vision"]["encoder"], "encoder"),
+        ("language model", model["language_model"], "language_model"),
+    ):
+        pin = PINS.get(model_id)
+        rows.append(
+            (what, f"`{model_id}`", pin.licence if pin else "see its own card", f"`{hashes.get(key, '')}`")
+        )
+    rows.append(("this adapter", "`adapter.safetensors`", "Apache-2.0", f"`{digest}`"))
+    return "## Parts and hashes\n\n" + table(("part", "id", "licence", "SHA-256"), rows)
+
+
+def _limits(failures: str) -> str:
+    text = failures.strip() or (
+        "A small model: it names things that often stand together with what is there, miscounts, mixes up "
+        "left and right, and answers in the manner of its training data whatever it is shown. Do not rely on "
+        "it where a wrong answer does harm."
+    )
+    return f"## Known failures\n\n{text}\n"
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    import yaml
+
+    # Where things lay on one machine is nobody else's business.
+    shown = {key: value for key, value in recipe.items() if key not in FREE or key == "note"}
+    chosen = {"vision", "language_model", "adapter", shown["model"]["adapter"]}
+    shown["model"] = {key: value for key, value in shown["model"].items() if key in chosen}
+    return "## Recipe\n\n```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```\n"

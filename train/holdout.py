@@ -1,0 +1,114 @@
+"""Before and after: what the model says of pictures that were set aside, and how right that is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.config import CAPTION_PROMPT
+from vlm.data.example import Example
+from vlm.eval.metrics.answers import exact_match
+from vlm.eval.metrics.captions import score_captions
+from vlm.eval.metrics.vqa import vqa_accuracy
+from vlm.model import VLM
+
+FILE = "holdout.json"
+SHOWN = 4
+MOST = 400
+"""Examples asked at most, the first ones: a look, not a benchmark."""
+
+
+@dataclass
+class Asked:
+    """Answers to the examples that were set aside, and their scores in percent."""
+
+    answers: list[str]
+    scores: dict[str, float]
+
+
+def ask(model: VLM, examples: Sequence[Example]) -> Asked:
+    """Asks the first `MOST` examples: captions by beam search, questions greedily."""
+    chosen = examples[:MOST]
+    captions = [i for i, e in enumerate(chosen) if _is_caption(e)]
+    questions = [i for i, e in enumerate(chosen) if not _is_caption(e)]
+    answers = [""] * len(chosen)
+    for places, options in (
+        (captions, {"num_beams": 3, "max_new_tokens": 32}),
+        (questions, {"max_new_tokens": 24}),
+    ):
+        found = model.ask_batch([chosen[i] for i in places], **options) if places else []
+        for place, answer in zip(places, found, strict=True):
+            answers[place] = answer.text
+    return Asked(answers, _scores(chosen, answers, captions, questions))
+
+
+def _is_caption(example: Example) -> bool:
+    return example.turns[-1].text == CAPTION_PROMPT
+
+
+def _scores(
+    examples: Sequence[Example], answers: Sequence[str], captions: Sequence[int], questions: Sequence[int]
+) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    if captions:
+        found = score_captions(
+            [answers[i] for i in captions], [examples[i].answers for i in captions], java=False
+        )
+        scores |= {"captions: CIDEr": found.metrics["cider"], "captions: BLEU-4": found.metrics["bleu_4"]}
+    if questions:
+        count = len(questions)
+        right = sum(exact_match(answers[i], examples[i].answers) for i in questions)
+        near = sum(vqa_accuracy(answers[i], examples[i].answers, strict=False) for i in questions)
+        scores |= {
+            "questions: exact match": 100 * right / count,
+            "questions: VQA accuracy": 100 * near / count,
+        }
+    return scores
+
+
+def report(examples: Sequence[Example], before: Asked, after: Asked) -> dict[str, Any]:
+    """Everything asked, with both answers."""
+    rows = [
+        {
+            "id": example.id,
+            "question": example.turns[-1].text,
+            "references": list(example.answers),
+            "before": one,
+            "after": other,
+        }
+        for example, one, other in zip(examples, before.answers, after.answers, strict=False)
+    ]
+    pictures = len({example.images for example in examples})
+    return {"pictures": pictures, "before": before.scores, "after": after.scores, "answers": rows}
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """Writes `holdout.json` whole."""
+    partial = out / f".{FILE}.partial"
+    partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, out / FILE)
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table, and some answers, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{found['pictures']} pictures that training has not seen", title_justify="left")
+    for name in ("score", "before", "after"):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for name, value in found["after"].items():
+        table.add_row(name, f"{found['before'][name]:.1f}", f"{value:.1f}")
+    console.print(table)
+    answers = Table(box=None, pad_edge=False)
+    for name in ("question", "reference", "before", "after"):
+        answers.add_column(name, overflow="fold")
+    step = max(1, len(found["answers"]) // SHOWN)
+    for row in found["answers"][::step][:SHOWN]:
+        answers.add_row(row["question"], row["references"][0], row["before"], row["after"])
+    console.print(answers, markup=False)

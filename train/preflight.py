@@ -1,0 +1,168 @@
+"""What a run will need, before its first step; and how that compares with what it took.
+
+The figures come from one trial step on the recipe's own first batch: it is timed, its memory is
+measured, and everything it touched is put back.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vlm.data.collate import Group, batches_from
+from vlm.train.loop import Trainer
+
+SHARE = 0.5
+"""Share of the free memory that activations may take."""
+
+
+@dataclass
+class Preflight:
+    """Predictions of a run.
+
+    Attributes:
+        frozen, trained: parameters.
+        pictures, answers: distinct pictures, and everything there is to be learnt of them.
+        steps: left to go; `epochs` of the data in all steps together.
+        micro: pictures a forward pass.
+        step_seconds, seconds: of one step, of all that are left.
+        memory: bytes at the run's peak.
+    """
+
+    frozen: int
+    trained: int
+    pictures: int
+    answers: int
+    steps: int
+    epochs: float
+    micro: int
+    step_seconds: float
+    seconds: float
+    memory: int
+
+    def text(self) -> str:
+        """Two lines for people."""
+        return (
+            f"{self.trained / 1e6:.1f} M parameters trained, {self.frozen / 1e6:.1f} M frozen; "
+            f"{self.pictures} pictures, {self.answers} answers\n"
+            f"{self.steps} steps ({self.epochs:.2g} epochs) of about {self.step_seconds:.2f} s: "
+            f"about {duration(self.seconds)}, {duration(self.seconds / max(self.epochs, 1e-9))} an epoch; "
+            f"peak memory about {self.memory / 1e9:.1f} GB; {self.micro} pictures a pass"
+        )
+
+    def compared(self, seconds: float) -> str:
+        """The prediction beside what happened; `seconds` is what the steps took."""
+        return (
+            f"took {duration(seconds)} (predicted {duration(self.seconds)}), "
+            f"peak memory {peak_memory() / 1e9:.1f} GB (predicted {self.memory / 1e9:.1f} GB)"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json."""
+        return asdict(self)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "42 s", "7 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held: of the GPU where there is one, else of main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes that may still be taken; a large number where the system does not say."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 40
+
+
+def preflight(trainer: Trainer) -> Preflight:
+    """Tries one step, chooses the micro-batch if the recipe leaves it open, and predicts the rest."""
+    config, groups = trainer.config, trainer.groups
+    _, indices = next(batches_from(groups, config.batch, config.seed, trainer.step))
+    batch = trainer.processes.mine([groups[i] for i in indices]) or [groups[indices[0]]]
+    with _untouched(trainer):
+        trainer.micro = trainer.micro or _choose_micro(trainer, batch)
+        seconds = _trial(trainer, batch)
+    trained = sum(p.numel() for p in trainer.model.trainable())
+    everything = sum(p.numel() for p in trainer.model.parameters())
+    left = config.steps - trainer.step
+    # AdamW's two averages come with the first real step.
+    memory = peak_memory() + (0 if trainer.step else 8 * trained)
+    return Preflight(
+        frozen=everything - trained,
+        trained=trained,
+        pictures=len(groups),
+        answers=sum(len(pairs) for group in groups for pairs in group.by_source),
+        steps=left,
+        epochs=left * config.batch / len(groups),
+        micro=trainer.micro,
+        step_seconds=seconds,
+        seconds=seconds * left,
+        memory=memory,
+    )
+
+
+@contextmanager
+def _untouched(trainer: Trainer) -> Iterator[None]:
+    """Puts random generators, gradients and the model's mode back."""
+    state = torch.get_rng_state()
+    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    trainer.model.train()
+    try:
+        yield
+    finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.model.eval()
+        torch.set_rng_state(state)
+        for device in devices:
+            torch.cuda.set_rng_state(device)
+
+
+def _choose_micro(trainer: Trainer, batch: list[Group]) -> int:
+    """The whole batch, halved until its activations fit."""
+    rows = trainer.prepare(batch, 0).rows
+    nodes = max(len(row.codes) for row in rows) * len(rows) / len(batch)
+    language = trainer.model.language
+    lowest = min(trainer.adapter.at_layers, default=0)
+    config = language.model.config
+    inner = getattr(config, "intermediate_size", None) or 4 * language.width
+    # Per node and layer: residuals, norms, projections, the feed-forward, one row of attention.
+    floats = 10 * language.width + 4 * inner + 3 * config.num_attention_heads * nodes
+    needed = 4 * floats * nodes * (language.num_layers - lowest)
+    micro = len(batch)
+    while micro > 1 and micro * needed > SHARE * free_memory():
+        micro = -(-micro // 2)
+    return micro
+
+
+def _trial(trainer: Trainer, batch: list[Group]) -> float:
+    """Seconds of a forward and backward pass over a batch, after a small one that warms everything up."""
+    trainer.backward(trainer.prepare(batch[:1], 0), 1.0)
+    began = time.perf_counter()
+    for begin in range(0, len(batch), trainer.micro):
+        trainer.backward(trainer.prepare(batch[begin : begin + trainer.micro], 0), 1.0)
+    return time.perf_counter() - began

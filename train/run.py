@@ -1,0 +1,153 @@
+"""One whole run: from a recipe to an adapter that answers, with its card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vlm.checkpoint import build_model, load_model
+from vlm.config import to_dict
+from vlm.data.collate import Group
+from vlm.data.example import Example
+from vlm.features import FeatureCache
+from vlm.model import VLM
+from vlm.train import holdout
+from vlm.train.card import write_card
+from vlm.train.config import TrainConfig
+from vlm.train.loop import Trainer
+from vlm.train.preflight import Preflight, peak_memory, preflight
+from vlm.train.prepare import FeatureStore, groups_of, read_sources, set_aside
+from vlm.train.record import Record, machine
+from vlm.train.screen import Screen
+from vlm.train.state import newest_valid
+from vlm.weights_cache import cache_root
+
+
+def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, device: str = "auto") -> bool:
+    """Trains, or goes on training, until the recipe's last step.
+
+    Args:
+        fresh: drop the state of an earlier run in the same `out`.
+        device: `cpu` keeps it off a GPU that is there.
+
+    Returns:
+        Whether the last step was reached (a signal ends a run early, with its state saved).
+    """
+    accelerator = Accelerator(
+        cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()),
+        log_with=list(config.trackers) or None,
+        project_dir=config.out,
+    )
+    out = Path(config.out)
+    if fresh and accelerator.is_main_process:
+        shutil.rmtree(out / "state", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with Screen(accelerator.is_main_process) as screen:
+        model = make_model(config, offline)
+        sources, held = set_aside(read_sources(config), config.holdout)
+        groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
+        before = _before(model, held, out) if held and accelerator.is_main_process else None
+        trainer = Trainer(model, config, groups, store, lambda _: None, accelerator)
+        trainer.resume(screen.say)
+        done = _run(trainer, screen, held)
+    if before is not None and done:
+        # The adapter as it was saved, on the frozen parts as others will load them.
+        saved = load_model(out, offline=offline, device=str(accelerator.device))
+        saved.features.cache = model.features.cache
+        found = holdout.report(held, before, holdout.ask(saved, held))
+        holdout.write(out, found)
+        holdout.show(found)
+    if model.features.cache is not None:
+        model.features.cache.close()
+    if accelerator.is_main_process:
+        write_card(out)
+        word = (
+            "the adapter is in" if done else f"stopped after step {trainer.step}; the same command goes on:"
+        )
+        print(f"{word} {out}", file=sys.stderr if not done else sys.stdout, flush=True)
+    return done
+
+
+def make_model(config: TrainConfig, offline: bool) -> VLM:
+    """The recipe's model with a feature cache: fresh, or from the adapter it starts from."""
+    torch.manual_seed(config.seed)
+    start = config.start
+    model = load_model(start, offline=offline) if start else build_model(config.model, offline=offline)
+    model.features.cache = FeatureCache(Path(config.feature_cache or cache_root() / "features"))
+    return model
+
+
+def prepare(
+    config: TrainConfig, model: VLM, groups: list[Group], screen: Screen, accelerator: Accelerator
+) -> tuple[list[Group], FeatureStore]:
+    """Encodes every picture; the groups whose pictures can be read."""
+    model.encoder.to(accelerator.device)
+    store = FeatureStore(
+        model.features,
+        groups,
+        config.flip,
+        screen.progress,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    for reason in store.bad.values():
+        screen.say(f"left out: {reason}")
+    return [group for group in groups if group.id not in store.bad], store
+
+
+def _before(model: VLM, held: Sequence[Example], out: Path) -> holdout.Asked:
+    """What the model said before it was trained; a continued run remembers it."""
+    kept = out / "state" / "before.json"
+    if newest_valid(out / "state")[0] is not None and kept.is_file():
+        return holdout.Asked(**json.loads(kept.read_text("utf-8")))
+    found = holdout.ask(model, held)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(vars(found)), encoding="utf-8")
+    return found
+
+
+def _run(trainer: Trainer, screen: Screen, held: Sequence[Example]) -> bool:
+    """Preflight, the steps, and what is written down of them."""
+    config = trainer.config
+    plan = preflight(trainer)
+    screen.say(plan.text())
+    facts = _facts(trainer, plan, held)
+    record = Record(config, trainer.accelerator, screen, trainer.step, facts)
+    trainer.report = record
+    earlier = trainer.seconds
+    began = time.time()
+    try:
+        trainer.run()
+    finally:
+        record.close(
+            steps_done=trainer.step,
+            seconds=round(trainer.seconds, 1),
+            wall_seconds=round(time.time() - began, 1),
+            skipped=trainer.skipped,
+            peak_memory=peak_memory(),
+        )
+    screen.say(plan.compared(trainer.seconds - earlier))
+    return trainer.step >= config.steps
+
+
+def _facts(trainer: Trainer, plan: Preflight, held: Sequence[Example]) -> dict[str, Any]:
+    config, model = trainer.config, trainer.model
+    return {
+        "recipe": to_dict(config),
+        "model": to_dict(model.config),
+        "hashes": {k: v for k, v in model.hashes.items() if k != "adapter"},
+        "data_hash": trainer.data_hash,
+        "unreadable": len(trainer.store.bad),
+        "held_out": len({example.images for example in held}),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine() | {"processes": trainer.processes.count},
+        "preflight": plan.facts(),
+    }
