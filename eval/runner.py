@@ -65,8 +65,9 @@ def answer_all(model: VLM, work: Work, path: Path, title: str, say: Say) -> list
     todo = [n for n in range(rank, len(work.ids), world) if work.ids[n] not in done]
     if done and todo:
         say(f"{title}: {len(done)} answers are there already, {len(todo)} to go")
-    # Equal lengths side by side waste no padding; the longest first show at once whether memory holds.
-    todo.sort(key=lambda n: (-_length(work.conversations[n]), n))
+    # Equal lengths side by side waste no padding, questions about one picture share its features; the longest
+    # come first and show at once whether memory holds.
+    todo.sort(key=lambda n: (-(_length(work.conversations[n]) // 32), str(work.conversations[n].images), n))
     size = int(work.generation.get("batch_size", 16)) * BATCHES_BETWEEN_WRITES
     clock = _Clock(len(todo), title, say)
     for start in range(0, len(todo), size):
