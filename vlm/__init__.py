@@ -83,4 +83,5 @@ def _is_bare_clone() -> bool:
 
 
 if _is_bare_clone() and not any(type(finder).__qualname__ == "_CloneFinder" for finder in sys.meta_path):
-    sys.meta_path.append(_CloneFinder())
+    # First in line: an editable install of another checkout would answer for these names too.
+    sys.meta_path.insert(0, _CloneFinder())

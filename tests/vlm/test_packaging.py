@@ -39,6 +39,18 @@ print(json.dumps({
 """
 
 
+# Sets an editable install up from a folder, as the start of Python would; the one that the environment
+# itself may hold is forgotten first (its module has the same name).
+INSTALLED = """
+import site, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+sys.path.insert(0, {0!r})
+site.addsitedir({0!r})
+"""
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is packaged, so that building leaves nothing in the checkout."""
@@ -155,7 +167,7 @@ def test_an_editable_install_works(clone: Path, tmp_path: Path) -> None:
     editable = build("build_editable", clone, tmp_path / "out")
     site = tmp_path / "site"
     zipfile.ZipFile(editable).extractall(site)
-    found = probe(tmp_path, prelude=f"import site; site.addsitedir({str(site)!r})\n")
+    found = probe(tmp_path, prelude=INSTALLED.format(str(site)))
     assert found["vlm"] == str(clone / "vlm" / "__init__.py")
     assert found["train"] == str(clone / "train" / "__init__.py")
     assert found["strays"] == []
@@ -171,6 +183,18 @@ def test_a_bare_clone_works(clone: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: vlm COMMAND")
+
+
+def test_a_bare_clone_beside_an_editable_install_of_another(clone: Path, tmp_path: Path) -> None:
+    """`vlm` from the one and `vlm.train` from the other would be a mixture that nobody asked for."""
+    other = tmp_path / "other"
+    shutil.copytree(clone, other, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    (tmp_path / "out").mkdir()
+    site = tmp_path / "site"
+    zipfile.ZipFile(build("build_editable", other, tmp_path / "out")).extractall(site)
+    found = probe(clone, clone, prelude=INSTALLED.format(str(site)))
+    assert found["vlm"] == str(clone / "vlm" / "__init__.py")
+    assert found["train"] == str(clone / "train" / "__init__.py")
 
 
 def test_a_reload_adds_no_second_finder(clone: Path) -> None:
