@@ -90,7 +90,7 @@ def _tiny_tokenizer() -> Any:
 
 
 def tiny_language_model(family: str, vocabulary: int, positions: int = 256) -> Any:
-    """A causal language model of this family: 4 layers, width 32, and weights large enough to have opinions."""
+    """A causal language model: 4 layers, width 32, and weights large enough to have opinions."""
     import transformers
 
     sizes: dict[str, Any] = {
