@@ -98,8 +98,6 @@ class PictureText:
                 seen.add(mention.thing)
             if total == 1 and not words("void_one").isdisjoint(caption.tokens):
                 known = False  # "a dog and the other"
-            if _another_acts(caption):
-                known = False  # "three children swing while another watches"
             found.append(total if known else None)
         return found
 
@@ -110,8 +108,8 @@ class PictureText:
     def count(self, thing: str) -> int | None:
         """The number that at least two captions (three for one) give and none contradicts, else None."""
         known = Counter(value for value in self.counts(thing) if value is not None)
-        if len(known) != 1:
-            return None
+        if len(known) != 1 or any(_another_acts(caption) for caption in self.captions):
+            return None  # "three children swing while another watches"
         number, support = next(iter(known.items()))
         people = self.lexicon.is_kind_of(thing, "person")
         if number > 1:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
-from vlm.data.convert.common import make_example
+from vlm.conversation import ImageSlot, Turn
 from vlm.data.example import Example
 from vlm.data.lexicon import load
 from vlm.data.openq import open_questions
@@ -62,7 +63,13 @@ def _example(pair: Pair, source: Example) -> Example:
         meta["thing"] = pair.thing
     if pair.hard:
         meta["hard"] = 1
-    return make_example(source.images[0], pair.question, [pair.answer], f"{source.id}#{pair.question}", meta)
+    return Example(
+        images=source.images,
+        turns=(Turn("user", (*(ImageSlot(i) for i in range(len(source.images))), pair.question)),),
+        answers=(pair.answer,),
+        id=f"{source.id}#{pair.question}",
+        meta=MappingProxyType(meta),
+    )
 
 
 def questions_from_captions(examples: Sequence[Example], *, seed: int = 0) -> list[Example]:

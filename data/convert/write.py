@@ -8,6 +8,7 @@ DST/train/000001.jpg ...        hard links to the originals where the file syste
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -40,12 +41,27 @@ ABOUT: dict[str, dict[str, str]] = {
 }
 
 
-def _suffix(path: Path) -> str:
-    return path.suffix.lower() or ".jpg"
+def _name_and_source(example: Example) -> tuple[str, Path | bytes]:
+    """What an example's picture is called in the folder, and where it comes from."""
+    image = example.images[0] if example.images else None
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()[:16] + _suffix_of(image), image
+    if not isinstance(image, str | Path):
+        raise DataError(f"the picture of example {example.id} is neither a file nor bytes")
+    path = Path(image)
+    return path.stem + (path.suffix.lower() or ".jpg"), path
 
 
-def _put(source: Path, target: Path) -> None:
+def _suffix_of(content: bytes) -> str:
+    signs = {b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
+    return signs.get(content[:4], ".jpg")
+
+
+def _put(source: Path | bytes, target: Path) -> None:
     if target.exists():
+        return
+    if isinstance(source, bytes):
+        target.write_bytes(source)
         return
     try:
         os.link(source, target)
@@ -85,25 +101,21 @@ def write_part(examples: Sequence[Example], folder: Path) -> int:
     """Write one part's pictures and metadata; returns the number of pictures.
 
     Raises:
-        DataError: a picture is no file, or two different pictures have one name.
+        DataError: a picture cannot be read or written, or two different pictures have one name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named: dict[str, Path] = {}
+    named: dict[str, Path | bytes] = {}
     rows = []
     for example in examples:
-        image = example.images[0] if example.images else None
-        if not isinstance(image, str | Path):
-            raise DataError(f"the picture of example {example.id} is no file")
-        path = Path(image)
-        name = path.stem + _suffix(path)
-        if named.setdefault(name, path) != path:
-            raise DataError(f"two pictures are called {name}: {named[name]} and {path}")
+        name, source = _name_and_source(example)
+        if named.setdefault(name, source) != source:
+            raise DataError(f"two pictures are called {name}: {named[name]!s:.200} and {source!s:.200}")
         rows.append(row_of(example, name))
-    for name, path in named.items():
+    for name, source in named.items():
         try:
-            _put(path, folder / name)
+            _put(source, folder / name)
         except OSError as error:
-            raise DataError(f"{path} cannot be copied to {folder}: {error.strerror or error}") from error
+            raise DataError(f"{name} cannot be written to {folder}: {error.strerror or error}") from error
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     part = folder / "metadata.jsonl.part"
     part.write_text(text, encoding="utf-8")
