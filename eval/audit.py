@@ -111,6 +111,8 @@ def main(argv: list[str]) -> int:
     add_data(parser)
     args = parser.parse_args(argv)
     task = tasks.get(args.task)
+    if task.captions:
+        raise ConfigError(f"the audit is about VQA accuracy; {task.name} has captions")
     examples = task.examples(args.data, args.split, pictures=False)
     found = audit(examples, read_predictions(args.predictions, task, examples))
     if args.out:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         "comparable": True,
         "main_metric": scores.main,
         **report.scores_block(scores),
-        "rates": report.rates(answers),
+        "rates": report.rates(task, examples, answers),
         "controls": {},
         "hashes": {"data": report.data_hash(examples), "scorer": report.scorer_hash()},
         "published": [vars(figure) for figure in task.published],

@@ -21,7 +21,7 @@ from vlm.data.convert.common import read_text
 from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval.predictions import Prediction
-from vlm.eval.task import Scores, official_id, question
+from vlm.eval.task import Scores, Task, official_id, question
 
 VERSION = 1
 
@@ -60,9 +60,14 @@ def scores_block(scores: Scores) -> dict[str, Any]:
     }
 
 
-def rates(answers: Sequence[str], finishes: Sequence[str] = ()) -> dict[str, float]:
-    """Percent of empty answers, and of answers that the length limit cut."""
+def rates(
+    task: Task, examples: Sequence[Example], answers: Sequence[str], finishes: Sequence[str] = ()
+) -> dict[str, float]:
+    """Percent of empty answers, of those that cannot be read, and of those that the length limit cut."""
     found = {"empty": 100 * sum(not answer.strip() for answer in answers) / len(answers)}
+    if task.unparsed is not None:
+        unread = sum(map(task.unparsed, answers, examples))
+        found["unparsed"] = 100 * unread / len(answers)
     if finishes:
         found["cut"] = 100 * sum(finish == "length" for finish in finishes) / len(finishes)
     return found

@@ -117,11 +117,25 @@ def options(example: Example) -> list[str]:
 
 def choice(answer: str, example: Example) -> float:
     """1 where the answer is read as the right choice."""
-    listed = options(example)
-    if answer.isdigit() and answer not in listed:  # the number of the choice, as ScienceQA's results have it
-        return float(int(answer) < len(listed) and listed[int(answer)] in example.answers)
-    read = short.read_choice(answer, listed)
-    return float(read is not None and listed[read] in example.answers)
+    read = chosen(answer, options(example))
+    return float(read is not None and options(example)[read] in example.answers)
+
+
+def chosen(answer: str, listed: Sequence[str]) -> int | None:
+    """The place of the choice that an answer names; ScienceQA's results give its number."""
+    if answer.isdecimal() and answer not in listed:
+        return int(answer) if int(answer) < len(listed) else None
+    return short.read_choice(answer, listed)
+
+
+def no_choice(answer: str, example: Example) -> bool:
+    """Whether an answer names none of the choices, or several."""
+    return chosen(answer, options(example)) is None
+
+
+def neither(answer: str, example: Example) -> bool:
+    """Whether an answer says neither yes nor no."""
+    return not short.says_yes_or_no(answer)
 
 
 exact_scores = item_scores({"exact_match": exact})

@@ -155,7 +155,9 @@ class Session:
             "adapter": str(self.model.adapter_name),
             "main_metric": scores.main,
             **report.scores_block(scores),
-            "rates": report.rates(texts, [] if self.likelihood else [a.finish for a in answers]),
+            "rates": report.rates(
+                self.task, self.examples, texts, [] if self.likelihood else [a.finish for a in answers]
+            ),
             "controls": self._controls(conversations, header, scores.main),
             "decoding": decoding,
             "prompt": words[0],
@@ -234,7 +236,11 @@ class Session:
         """A control's scores; METEOR would take half a minute and says nothing that CIDEr does not."""
         scores = self.task.scores(self.examples, texts, java=False)
         block = report.scores_block(scores)
-        return {"metrics": block["metrics"], "intervals": block["intervals"], "rates": report.rates(texts)}
+        return {
+            "metrics": block["metrics"],
+            "intervals": block["intervals"],
+            "rates": report.rates(self.task, self.examples, texts),
+        }
 
 
 def text_only(table: Mapping[str, Any], main: str) -> dict[str, Any] | None:
@@ -265,6 +271,6 @@ def show(block: Mapping[str, Any], out: Path) -> None:
         print(f"  {name + ' (control)':<20} {said}")
     for name, why in block["skipped"].items():
         print(f"  {name:<20}       -   {why}")
-    empty = block["rates"]["empty"]
-    print(f"  empty answers        {empty:7.2f} %")
+    for name, value in block["rates"].items():
+        print(f"  {name + ' answers':<20} {value:7.2f} %")
     print(f"report: {out}")

@@ -70,6 +70,7 @@ class Task:
         captions: `score` takes `java=False`, which leaves METEOR and SPICE out.
         answer_key: the name of the answer in the official results format, next to `id_key`.
         data_optional: an installed package carries the data.
+        unparsed: whether an answer cannot be read as one of those that are possible; its rate is reported.
         submission: examples and answers -> the results format, where it is no list of rows.
     """
 
@@ -89,6 +90,7 @@ class Task:
     answer_key: str = "answer"
     data_optional: bool = False
     submission: Callable[[Sequence[Example], Sequence[str]], Any] | None = None
+    unparsed: Callable[[str, Example], bool] | None = None
 
     def examples(
         self, root: Path | None, split: str | None = None, *, pictures: bool = True

@@ -1,4 +1,8 @@
-"""The benchmarks by name. A task's file is imported when it is asked for."""
+"""The benchmarks by name. A task's file is imported when it is asked for.
+
+A new benchmark is one file with a `TASKS` tuple and one line in the table below; its fixture, prompt snapshot
+and expected scores go into tests/eval/test_tasks.py.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval.metrics.answers import direct_answer
-from vlm.eval.scorers import choice_chance, choice_scores, item_scores
+from vlm.eval.scorers import choice_chance, choice_scores, item_scores, no_choice
 from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, coco_names, field, load
 
@@ -73,6 +73,7 @@ TASKS = (
         split="dev",
         splits=("train", "dev"),
         chance=choice_chance,
+        unparsed=no_choice,
         choices=True,
         generation={"max_new_tokens": 12},
         answer_key="multiple_choice",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm.data.example import Example
 from vlm.data.questions import questions_from_captions
-from vlm.eval.scorers import exact_scores, half, uniform_chance
+from vlm.eval.scorers import exact_scores, half, neither, uniform_chance
 from vlm.eval.task import Task
 from vlm.eval.tasks import flickr8k
 
@@ -36,6 +36,7 @@ TASKS = (
         split="dev",
         splits=("train", "dev", "test"),
         chance=half,
+        unparsed=neither,
         generation=_SHORT,
     ),
     Task(

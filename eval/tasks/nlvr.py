@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
-from vlm.eval.scorers import exact, half, item_scores
+from vlm.eval.scorers import exact, half, item_scores, neither
 from vlm.eval.task import Published, Task
 from vlm.eval.tasks.layouts import Pictures, field, json_lines, known
 
@@ -43,6 +43,7 @@ TASKS = (
         split="dev",
         splits=("train", "dev", "test"),
         chance=half,
+        unparsed=neither,
         generation={"max_new_tokens": 4},
         id_key="identifier",
         published=(Published("accuracy", 66.1, "neural module networks, Suhr et al. 2017, test"),),

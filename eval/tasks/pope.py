@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.eval.metrics.answers import pope_answer, pope_metrics
-from vlm.eval.scorers import half, item_scores
+from vlm.eval.scorers import half, item_scores, neither
 from vlm.eval.task import Published, Scores, Task
 from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, field, json_lines, known
 
@@ -50,6 +50,7 @@ TASKS = (
         splits=SETTINGS,
         train=None,
         chance=half,
+        unparsed=neither,
         generation={"max_new_tokens": 8},
         published=(
             Published("f1", 89.3, "InstructBLIP, Li et al. 2023, random"),

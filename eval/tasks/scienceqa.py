@@ -9,8 +9,7 @@ from pathlib import Path
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.errors import DataError
-from vlm.eval.metrics.answers import read_choice
-from vlm.eval.scorers import choice_chance, choice_scores, options
+from vlm.eval.scorers import choice_chance, choice_scores, chosen, no_choice, options
 from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks.layouts import Pictures, field, load
 
@@ -40,7 +39,7 @@ def submission(examples: Sequence[Example], answers: Sequence[str]) -> dict[str,
     """The leaderboard's format: {"results": {problem: number of the choice}}; -1 where none is named."""
     results = {}
     for example, answer in zip(examples, answers, strict=True):
-        read = read_choice(answer, options(example))
+        read = chosen(answer, options(example))
         results[official_id(example)] = -1 if read is None else read
     return {"results": results}
 
@@ -54,6 +53,7 @@ TASKS = (
         split="test",
         splits=("train", "dev", "test"),
         chance=choice_chance,
+        unparsed=no_choice,
         choices=True,
         submission=submission,
         published=(

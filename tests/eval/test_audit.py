@@ -85,6 +85,11 @@ def test_audit_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(out.read_text(encoding="utf-8"))["n"] == 12
 
 
+def test_captions_are_not_audited(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="flickr30k has captions"):
+        main(["audit", "flickr30k", "--data", str(FIXTURES / "flickr30k"), "--predictions", str(tmp_path)])
+
+
 def test_too_few_references() -> None:
     with pytest.raises(ConfigError, match="four references"):
         audit([vqa(["a", "b"])], ["a"])

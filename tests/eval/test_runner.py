@@ -239,6 +239,8 @@ def test_choices_by_likelihood_and_by_letter(tmp_path: Path) -> None:
         tmp_path / "b", "--choices", "generation", "--controls", "none", task="aokvqa-choice", data="aokvqa"
     )
     assert asked["prompt"].endswith(prompts.LETTER_LINE)
+    assert block["rates"]["unparsed"] == 0.0
+    assert 50.0 < asked["rates"]["unparsed"] <= 100.0  # the parrot says "red" or "2", seldom a choice
 
 
 def shot_session(**changes: Any) -> Any:
