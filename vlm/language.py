@@ -219,38 +219,91 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
 
     They are read off rendered turns, each beginning where the turn before it ends, so that a default
     system turn never enters. A tokenizer without a template gets `User: ...` and `Assistant: ...` lines.
+
+    Raises:
+        WeightsError: a template that does not put the turns one after the other, or no end of sequence.
     """
     ids = lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
-    if not tokenizer.chat_template:
-        end = (tokenizer.eos_token_id,)
-        start = () if tokenizer.bos_token_id in (None, end[0]) else (tokenizer.bos_token_id,)
-        return ChatFrame(start, ids("User: "), ids("\n"), ids("Assistant:"), end)
+    end = tokenizer.eos_token_id
+    if tokenizer.chat_template:
+        start, user_open, user_close, assistant_open, close = map(ids, _template_pieces(tokenizer))
+        # Space or a line's end may stand before the mark that closes the turn: the mark is the end.
+        marks = [i for i, token in enumerate(close) if token in tokenizer.added_tokens_decoder]
+        if marks or end is not None:
+            assistant_close = close[marks[0] :] if marks else (end, *close)
+            return ChatFrame(start, user_open, user_close, assistant_open, assistant_close)
+    if end is None:
+        raise WeightsError(f"the tokenizer of {tokenizer.name_or_path} has no end of sequence")
+    start = () if tokenizer.bos_token_id in (None, end) else (tokenizer.bos_token_id,)
+    return ChatFrame(start, ids("User: "), ids("\n"), ids("Assistant:"), (end,))
 
-    def render(*contents: str) -> str:
-        roles = ("system", "user", "assistant")
-        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
-    system, user, answer = "\u2402system\u2403", "\u2402user\u2403", "\u2402assistant\u2403"
-    head = render(system)
-    asked = render(system, user)
-    whole = render(system, user, answer)
-    user_open, user_close = asked.removeprefix(head).split(user)
-    assistant_open, assistant_close = whole.removeprefix(asked).split(answer)
-    bos = tokenizer.bos_token
-    start_text = bos if bos and head.startswith(bos) and not user_open.startswith(bos) else ""
-    return ChatFrame(
-        ids(start_text), ids(user_open), ids(user_close), ids(assistant_open), ids(assistant_close)
+def _template_pieces(tokenizer: Any) -> tuple[str, str, str, str, str]:
+    """Texts before all turns, before and after a user's words, before and after the assistant's."""
+    from jinja2 import TemplateError
+
+    system, user, answer, again = (f"\u2402{word}\u2403" for word in ("system", "user", "answer", "again"))
+
+    def render(*messages: tuple[str, str]) -> str:
+        turns = [{"role": role, "content": content} for role, content in messages]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+    for first in ([("system", system)], []):  # not every template knows system turns
+        try:
+            head = render(*first) if first else ""
+            asked = render(*first, ("user", user))
+            whole = render(*first, ("user", user), ("assistant", answer))
+            longer = render(*first, ("user", user), ("assistant", answer), ("user", again))
+            user_open, user_close = _after(head, asked).split(user)
+            assistant_open, assistant_close = _after(asked, whole).split(answer)
+            later_open, _ = _after(whole, longer).split(again)
+        except (TemplateError, ValueError, TypeError, KeyError):
+            continue
+        if system in user_open + user_close:
+            continue
+        if first:
+            bos = tokenizer.bos_token
+            begins = bool(bos) and head.startswith(bos) and not user_open.startswith(bos)
+            return bos if begins else "", user_open, user_close, assistant_open, assistant_close
+        start = user_open.removesuffix(later_open) if user_open.endswith(later_open) else ""
+        return start, user_open.removeprefix(start), user_close, assistant_open, assistant_close
+    raise WeightsError(
+        f"the chat template of {tokenizer.name_or_path} does not put its turns one after the other"
     )
+
+
+def _after(begin: str, text: str) -> str:
+    if not text.startswith(begin):
+        raise ValueError(begin)
+    return text.removeprefix(begin)
 
 
 def _without_added_tokens(tokenizer: Any) -> Callable[[str], list[int]]:
     """An encoder of literal text: the tokenizer's model and splitting rules, no added tokens at all."""
     from tokenizers import Tokenizer
 
-    backend = tokenizer.backend_tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise WeightsError(f"the tokenizer of {tokenizer.name_or_path} has no fast form (tokenizer.json)")
     plain = Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer"):
         if getattr(backend, part) is not None:
             setattr(plain, part, getattr(backend, part))
-    return lambda text: list(plain.encode(text, add_special_tokens=False).ids)
+    forbidden = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = []
+        while True:
+            encoding = plain.encode(text, add_special_tokens=False)
+            found = [
+                begin
+                for id_, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)
+                if id_ in forbidden
+            ]
+            if not found:
+                return [*ids, *encoding.ids]
+            # A vocabulary that spells a special token as one piece (Unigram's may): break it after a letter.
+            ids += [i for i in plain.encode(text[: found[0] + 1]).ids if i not in forbidden]
+            text = text[found[0] + 1 :]
+
+    return encode

@@ -142,7 +142,11 @@ class VLM(nn.Module):
         """Weighted sum of the labels' negative log-likelihoods, and the sum of their weights.
 
         Logits are computed for the nodes that have a label, and for no other.
+
+        Raises:
+            DataError: a row without a label.
         """
+        self.processor.require_labels(batch)
         hidden = self.hidden(batch, self.condition(batch, features)).flatten(0, 1)
         used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
         hidden = hidden[used]

@@ -257,6 +257,19 @@ class Processor:
             question_mask,
         )
 
+    def require_labels(self, batch: Batch) -> None:
+        """Raises:
+        DataError: a row with nothing to learn; the message shows it as the model would read it.
+        """
+        learnt = torch.unique(batch.label_nodes // batch.ids.shape[1])
+        if len(learnt) == len(batch.ids):
+            return
+        row = min(set(range(len(batch.ids))) - set(learnt.tolist()))
+        read = batch.mask[row].sum(dim=-1) > 1
+        read[0] = True  # the first token sees itself alone, as padding does
+        text = self.language.tokenizer.decode(batch.ids[row][read].tolist())
+        raise DataError(f"a sample has no supervised token; all of it is masked: {text!r}")
+
     def _questions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         questions = [words for row in rows for words in row.tokens.questions]
         longest = max((len(words) for words in questions), default=0)
