@@ -20,7 +20,7 @@ SURE = 0.995
 LIKELY = 0.97
 SIDE = 12
 FLAT = 1.0
-BLOCK = 1024
+BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
 from vlm.errors import DataError, VLMError
-from vlm.options import make_parser
+from vlm.options import make_parser, offline_from_environment
 
 SHOWN = 10
 # Sets without a dev part of their own: theirs is set aside from the training part by picture.
@@ -84,6 +85,8 @@ def _print_report(report: CheckReport) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is first imported
     from vlm.data.check import check_source
     from vlm.data.show import masked_sample, plain_sample
 
@@ -96,7 +99,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.adapter and samples:
         from vlm.model import VLM
 
-        model = VLM.from_pretrained(args.adapter, offline=True)
+        model = VLM.from_pretrained(args.adapter, offline=args.offline)
         show = lambda example: masked_sample(model, example)  # noqa: E731
     _print_report(report)
     for number, example in enumerate(samples, start=1):
@@ -182,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--samples", type=int, default=3, metavar="N", help="samples to print (default: 3)")
     check.add_argument(
         "--adapter", metavar="NAME", help="print the samples as this adapter's model sees them"
+    )
+    check.add_argument(
+        "--offline", action="store_true", default=offline_from_environment(), help="never touch the network"
     )
     check.add_argument("--json", action="store_true", help="the whole report for programs")
     check.set_defaults(run=_check)

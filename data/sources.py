@@ -50,7 +50,7 @@ def read_dataset(name_or_dir: str | Path, root: Path | None = None, split: str =
         DataError: the set, the split or one of its files is not there, or more than 1 % of it cannot be used.
     """
     name = canonical_name(str(name_or_dir))
-    if name in PUBLIC and not Path(name_or_dir).is_dir():
+    if name in PUBLIC and (root is not None or not Path(name_or_dir).is_dir()):
         converted = (
             [folder for folder in (root, root / name) if (folder / "dataset.json").is_file()] if root else []
         )

@@ -7,18 +7,19 @@ typed formats every value is taken as text; and pictures stay bytes for `vlm/ima
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm.data.example import Example
-from vlm.data.rows import BadRow, Find, RowError, as_text, examples_from_row, picture_finder
-from vlm.data.tables import Rows, text_rows
+from vlm.data.rows import IMAGE_COLUMNS, BadRow, RowError, as_text, load_json
+from vlm.data.tables import Rows, text_rows, to_examples
 from vlm.errors import DataError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "val"), "test": ("test",)}
 TEXT_TABLES = (".csv", ".tsv", ".jsonl")
-JSON_FIELDS = ("json", "jsonl")
 Shard = tuple[int, int]
 
 
@@ -40,18 +41,59 @@ def _undecoded(stream: Any) -> Any:
     return stream
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with the object of its `.json` member beside the other columns (WebDataset)."""
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if name in JSON_FIELDS and isinstance(value, Mapping):
-            flat.update({key: item for key, item in value.items() if item is not None})
-        elif name not in ("__url__", "__local_path__"):
-            flat[name] = value
-    return flat
+def _tar_samples(url: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """(key, row) of a WebDataset shard: neighbouring members `KEY.jpg`, `KEY.txt`, `KEY.json` make a row.
+
+    `datasets` guesses one type for each JSON field and gives the whole shard up for one broken member; here
+    a broken member is a bad row and every value is text.
+    """
+    import fsspec
+
+    key, row, problem = "", {}, ""
+    with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, dot, suffix = name.partition(".")
+            if not member.isfile() or not stem or not dot:
+                continue
+            if (new := f"{folder}/{stem}".lstrip("/")) != key:
+                if row or problem:
+                    yield key, BadRow(key, problem) if problem else row
+                key, row, problem = new, {}, ""
+            content = tar.extractfile(member)
+            try:
+                row.update(_member(suffix.lower(), content.read() if content else b""))
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+                problem = f"member .{suffix} is damaged"
+    if row or problem:
+        yield key, BadRow(key, problem) if problem else row
 
 
-def _rows(kind: str, files: Sequence[str], shard: Shard) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _member(suffix: str, content: bytes) -> dict[str, Any]:
+    """The columns that one member of a sample brings: a picture, a text, or a JSON object's."""
+    kind = suffix.rpartition(".")[2]
+    if kind in IMAGE_COLUMNS:
+        return {kind: content}
+    if kind in ("txt", "text", "caption"):
+        return {"text": content.decode("utf-8")}
+    if kind == "json":
+        found = load_json(content.decode("utf-8"))
+        return found if isinstance(found, dict) else {"text": found}
+    return {}
+
+
+def _file_rows(kind: str, file: str) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+    name = PurePosixPath(file).name
+    if kind == "webdataset":
+        for key, row in _tar_samples(file):
+            place = f"{name}/{key}"
+            yield place, BadRow(place, row.cause, row.detail) if isinstance(row, BadRow) else row
+        return
+    for index, row in enumerate(_load(kind, [file])):
+        yield f"{name} row {index}", row
+
+
+def _rows(kind: str, files: Sequence[str], shard: Shard) -> Rows:
     """(place, row) of this reader's part: whole files where they divide evenly, else every n-th row.
 
     A row's place is the same whoever reads it.
@@ -62,30 +104,20 @@ def _rows(kind: str, files: Sequence[str], shard: Shard) -> Iterator[tuple[str, 
     for number, file in enumerate(files):
         if by_file and number % world != rank:
             continue
-        for index, row in enumerate(_load(kind, [file])):
+        for place, row in _file_rows(kind, file):
             if by_file or total % world == rank:
-                yield f"{PurePosixPath(file).name} row {as_text(row.get('__key__')) or index}", row
+                yield place, row
             total += 1
 
 
-def _stream_rows(stream: Any, name: str, shard: Shard) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _stream_rows(stream: Any, name: str, shard: Shard) -> Rows:
     for index, row in enumerate(stream):
         if index % shard[1] == shard[0]:
             yield f"{name} row {index}", row
 
 
-def _examples(rows: Iterator[tuple[str, Mapping[str, Any]]], find: Find) -> Iterator[Example | BadRow]:
-    for place, row in rows:
-        try:
-            yield from examples_from_row(_flat(row), place, find)
-        except RowError as error:
-            yield BadRow(place, error.cause, error.detail)
-
-
 def _guarded(examples: Iterator[Example | BadRow], name: str) -> Iterator[Example | BadRow]:
     """The same, with what `datasets` and its readers raise turned into a message for the user."""
-    import tarfile
-
     import pyarrow as pa
 
     try:
@@ -101,7 +133,7 @@ def _guarded(examples: Iterator[Example | BadRow], name: str) -> Iterator[Exampl
 def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Example | BadRow]:
     name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*{files[0].suffix}"
     rows = _rows(kind, [str(file) for file in files], shard)
-    return _guarded(_examples(rows, picture_finder(files[0].parent)), name)
+    return _guarded(to_examples(rows, files[0].parent), name)
 
 
 def read_parquet(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
@@ -150,14 +182,7 @@ def _remote_examples(urls: Sequence[str]) -> Iterator[Example | BadRow]:
                 raise RowError("picture missing", name[:80]) from None
             return content
 
-        for place, row in _remote_rows(url):
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                yield from examples_from_row(row, place, find)
-            except RowError as error:
-                yield BadRow(place, error.cause, error.detail)
+        yield from to_examples(_remote_rows(url), find)
 
 
 def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
@@ -178,7 +203,7 @@ def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator
         builder = datasets.load_dataset_builder(name, config or None)
     except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"the data set {repo} cannot be had: {reason}") from error
+        raise DataError(f"{repo} is no file or folder, and no data set of the hub: {reason}") from error
     files = dict(builder.config.data_files or {})
     known = [str(key) for key in (files or builder.info.splits or {})]
     part = next((key for key in SPLIT_NAMES.get(split, (split,)) if key in known), None)
@@ -192,6 +217,6 @@ def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator
         examples = (e for n, e in enumerate(_remote_examples(tables)) if n % shard[1] == shard[0])
         return _guarded(examples, repo)
     if kind in ("parquet", "webdataset"):
-        return _guarded(_examples(_rows(kind, urls, shard), picture_finder(Path())), repo)
+        return _guarded(to_examples(_rows(kind, urls, shard), Path()), repo)
     stream = _undecoded(builder.as_streaming_dataset(split=part))
-    return _guarded(_examples(_stream_rows(stream, repo, shard), picture_finder(Path())), repo)
+    return _guarded(to_examples(_stream_rows(stream, repo, shard), Path()), repo)

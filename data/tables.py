@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm.data.convert.common import read_text
 from vlm.data.example import Example
-from vlm.data.rows import BadRow, RowError, examples_from_row, load_json, picture_finder
+from vlm.data.rows import BadRow, Find, RowError, examples_from_row, load_json, picture_finder
 from vlm.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -75,9 +75,9 @@ def json_list_rows(table: list[Any], name: str) -> Rows:
         yield place, row if isinstance(row, dict) else BadRow(place, "not a JSON object", str(row)[:60])
 
 
-def to_examples(rows: Rows, base: Path) -> Iterator[Example | BadRow]:
-    """Rows with pictures below `base` -> examples, and the rows that cannot be used."""
-    find = picture_finder(base)
+def to_examples(rows: Rows, pictures: Path | Find) -> Iterator[Example | BadRow]:
+    """Rows -> examples, and the rows that cannot be used; pictures lie below a folder or are found."""
+    find = picture_finder(pictures) if isinstance(pictures, Path) else pictures
     for place, row in rows:
         if isinstance(row, BadRow):
             yield row

@@ -98,7 +98,9 @@ def test_counts_need_agreement() -> None:
     assert picture("A dog", "A dog", "A dog chases another").count("dog") is None
     assert picture("A man and a woman", "Two people sit").count("person") == 2
     assert picture("Two men", "Two men and a crowd", "Two men sit").count("person") is None
-    assert picture("three kids swing while another watches", "three kids", "three kids").count("child") is None
+    assert (
+        picture("three kids swing while another watches", "three kids", "three kids").count("child") is None
+    )
 
 
 def test_colours_need_agreement() -> None:

@@ -349,6 +349,28 @@ def test_webdataset_folder_with_text_members(tmp_path: Path, draw: Callable[...,
         read_dataset(tmp_path, split="dev")
 
 
+def test_one_damaged_sample_does_not_cost_the_shard(tmp_path: Path, draw: Callable[..., Image.Image]) -> None:
+    rows: list[tuple[str, bytes]] = [
+        ("json", b'{"caption": "007"}'),
+        ("json", b"{broken"),
+        ("txt", b"\xff\xfe"),
+    ]
+    rows += [("json", b'{"question": "what?", "answers": ["a", 7]}'), ("cls", b"3"), ("json", b"[1]")]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for n, (suffix, content) in enumerate(rows):
+            for name, data in ((f"d/{n}.seg.{suffix}", content), (f"d/{n}.png", png(draw, n))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    reading = read_source(tmp_path / "x.tar")
+    assert answers(reading.examples) == [("007",), ("a", "7"), ("1",)]
+    assert [str(row) for row in reading.bad] == [
+        "x.tar/d/1: member .seg.json is damaged",
+        "x.tar/d/2: member .seg.txt is damaged",
+        "x.tar/d/4: no text or question column (png)",
+    ]
+
+
 def test_damaged_shards_are_one_clear_error(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
