@@ -49,7 +49,8 @@ def _tar_samples(url: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """
     import fsspec
 
-    key, row, problem = "", {}, ""
+    key, problem = "", ""
+    row: dict[str, Any] = {}
     with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
