@@ -135,10 +135,11 @@ def test_a_full_queue_gives_429_and_leaving_it_frees_it(small: Any, make: Any) -
 
 
 def test_a_deadline_in_mid_stream_is_an_error_frame_without_done(small: Any, make: Any) -> None:
-    small_stream = open_stream(small, make)
+    running = open_stream(small, make)
+    assert waits_for(lambda: numbers(small) == (1, 0), 20)
     waiting = open_stream(small, make, stream=False)
-    with closing(small_stream), closing(waiting):
-        reply = read_all(small_stream)
+    with closing(running), closing(waiting):
+        reply = read_all(running)
         assert reply.startswith("HTTP/1.1 200 ")
         assert '"code": "deadline_exceeded"' in reply or '"code":"deadline_exceeded"' in reply
         assert "[DONE]" not in reply
