@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     if "--keys" in argv:
         show_keys()
         return 0
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     from vlm.train.recipe import read_recipe
 
     config = read_recipe(args.recipe, args.settings)

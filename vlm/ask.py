@@ -72,7 +72,7 @@ def _load(args: argparse.Namespace) -> tuple[VLM, float]:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; a wrong number ends here, before seconds are spent on loading the model."""
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         from_dict(GenerationConfig, _generation(args))
     except ConfigError as problem:
