@@ -53,21 +53,25 @@ class LanguageModel(nn.Module):
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
         """Loads weights and tokenizer from a local folder (safetensors only, no remote code)."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
             raise WeightsError(f"{folder} holds no usable language model: {problem}") from problem
         finally:
             if bars:
                 logging.enable_progress_bar()
+        if report["missing_keys"]:  # transformers would make them up
+            name = sorted(report["missing_keys"])[0]
+            raise WeightsError(f"{folder} holds no usable language model: {name} is missing")
         return cls(model, tokenizer)
 
     def train(self, mode: bool = True) -> LanguageModel:
@@ -253,10 +257,13 @@ def _template_pieces(tokenizer: Any) -> tuple[str, str, str, str, str]:
             head = render(*first) if first else ""
             asked = render(*first, ("user", user))
             whole = render(*first, ("user", user), ("assistant", answer))
-            longer = render(*first, ("user", user), ("assistant", answer), ("user", again))
             user_open, user_close = _after(head, asked).split(user)
             assistant_open, assistant_close = _after(asked, whole).split(answer)
-            later_open, _ = _after(whole, longer).split(again)
+            later_open = ""
+            if not first:  # what stands before the first turn only is told apart by a second one
+                longer = render(("user", user), ("assistant", answer), ("user", again))
+                _, later = longer.split(again)[0].split(answer)
+                later_open = later.removeprefix(assistant_close)
         except (TemplateError, ValueError, TypeError, KeyError):
             continue
         if system in user_open + user_close:
