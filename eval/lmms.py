@@ -23,7 +23,7 @@ MANIFEST = ModelManifest("vlm", simple_class_path="vlm.eval.lmms.Harnessed")
 _PASSED_ON = ("max_new_tokens", "num_beams", "temperature", "top_p")
 
 
-class Harnessed(lmms):  # type: ignore[misc]
+class Harnessed(lmms):
     """Answers lmms-eval's requests with one of our models."""
 
     def __init__(
