@@ -324,6 +324,9 @@ def score_all(
     """Summed log-probability of each candidate and its end; a prompt's candidates share one row."""
     scores: list[list[float]] = []
     for conversation, texts in zip(conversations, candidates, strict=True):
+        if not texts:
+            scores.append([])
+            continue
         tokens = [model.processor.tokens(conversation, text) for text in texts]
         row = model.processor.row(tokens)
         batch = model.processor.batch([row]).to(model.device)
