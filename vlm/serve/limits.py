@@ -15,6 +15,7 @@ from vlm.serve.settings import Settings
 Scope = dict[str, Any]
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LINGER_SECONDS = 2.0
+_LINGER_BYTES = 64 << 20
 
 
 class Body:
@@ -128,8 +129,12 @@ async def _refuse(error: APIError, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:
         async with asyncio.timeout(_LINGER_SECONDS):
-            while (await receive()).get("more_body", False):
-                continue
+            left = _LINGER_BYTES
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    break
     except TimeoutError:
         pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})
