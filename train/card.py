@@ -238,6 +238,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
 
     # Where things lay on one machine is nobody else's business.
     shown = {key: value for key, value in recipe.items() if key not in FREE or key == "note"}
+    shown["start"] = Path(shown["start"]).name
     chosen = {"vision", "language_model", "adapter", shown["model"]["adapter"]}
     shown["model"] = {key: value for key, value in shown["model"].items() if key in chosen}
     return "## Recipe\n\n```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```\n"

@@ -27,6 +27,8 @@ from vlm.train.screen import Screen
 LOG = "log.jsonl"
 RUN = "run.json"
 CURVE = "curve.png"
+REDRAW = 60.0
+"""Seconds between two drawings of the curve while a run goes on."""
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -65,7 +67,7 @@ class Record:
         self.config, self.accelerator, self.screen = config, accelerator, screen
         self.out = Path(config.out)
         self.facts = facts
-        self.began = time.time()
+        self.drawn = time.time()
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             trim_log(self.out, start)
@@ -94,12 +96,13 @@ class Record:
             self.accelerator.log(values | step.numbers, step=step.step)
         note = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.seconds:.2f} s/step"
         self.screen.progress("training", step.step, config.steps, note)
-        if step.step % config.save_every == 0:
+        if step.step % config.save_every == 0 and time.time() > self.drawn + REDRAW:
             self.draw()
 
     def draw(self) -> None:
         """Draws the curve anew from the log."""
         self._log.flush()
+        self.drawn = time.time()
         draw_curve(read_log(self.out), self.out / CURVE, self.out.name)
 
     def close(self, **facts: Any) -> None:

@@ -1,0 +1,105 @@
+"""Tiny runs: a model of a few thousand parameters on drawn shapes, in a second or two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from vlm.features import FeatureCache
+    from vlm.train.config import TrainConfig
+    from vlm.train.loop import Step, Trainer
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def train_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature cache that the tests of training share."""
+    return tmp_path_factory.mktemp("train-cache")
+
+
+@pytest.fixture
+def recipe(
+    tiny_config: Callable[..., Any],
+    train_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., TrainConfig]:
+    """`recipe("flamingo" | "qformer", sizes={...}, **keys)`: a recipe of 6 steps over 12 drawn pictures."""
+    monkeypatch.setenv("VLM_CACHE", str(train_cache / "weights"))
+
+    def make(
+        adapter: str = "flamingo", *, family: str = "llama", sizes: dict[str, Any] | None = None, **keys: Any
+    ) -> TrainConfig:
+        from vlm.train.config import OptimConfig, SourceConfig, TrainConfig
+
+        config = TrainConfig(
+            model=tiny_config(adapter, family, **(sizes or {})),
+            sources=(SourceConfig(name="shapes", limit=12, per_image=3),),
+            out=str(tmp_path / "out"),
+            steps=6,
+            batch=4,
+            optim=OptimConfig(lr=3e-3, warmup=2),
+            save_every=2,
+            log_every=1,
+            trackers=(),
+            feature_cache=str(train_cache / "features"),
+        )
+        return replace(config, **keys)
+
+    return make
+
+
+@pytest.fixture
+def trainer_of() -> Iterator[Callable[[TrainConfig], tuple[Trainer, list[Step]]]]:
+    """`trainer_of(config)`: a trainer ready to run, and the list that its steps are put into.
+
+    One at a time can read features that are not in memory: the cache of the one before is closed.
+    """
+    caches: list[FeatureCache] = []
+
+    def make(config: TrainConfig) -> tuple[Trainer, list[Step]]:
+        import torch
+        from accelerate import Accelerator
+
+        from vlm.train.loop import Trainer
+        from vlm.train.prepare import groups_of, read_sources
+        from vlm.train.run import make_model, prepare
+        from vlm.train.screen import Screen
+
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(config.seed)
+        if caches:
+            caches.pop().close()
+        model = make_model(config, offline=True)
+        assert model.features.cache is not None
+        caches.append(model.features.cache)
+        groups, store = prepare(
+            config, model, groups_of(read_sources(config)), Screen(enabled=False), accelerator
+        )
+        steps: list[Step] = []
+        return Trainer(model, config, groups, store, steps.append, accelerator), steps
+
+    yield make
+    for cache in caches:
+        cache.close()
+
+
+@pytest.fixture
+def losses_of(
+    trainer_of: Callable[[TrainConfig], tuple[Trainer, list[Step]]],
+) -> Callable[[TrainConfig], list[float]]:
+    """`losses_of(config)`: the loss of every step of a run that saves nothing."""
+
+    def run(config: TrainConfig) -> list[float]:
+        trainer, steps = trainer_of(config)
+        trainer.learn(save=False)
+        return [step.loss for step in steps]
+
+    return run
