@@ -1,0 +1,62 @@
+"""The bench's peers really are the same frozen parts in other classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vlm.bench.peers import CLOSE, IdeficsPeer, peer_of
+from vlm.bench.train import BATCHES, Ours, Theirs, ratios
+
+
+@pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
+def test_the_frozen_parts_are_the_same(make_tiny: Any, adapter: str) -> None:
+    """With gates at zero Idefics speaks as the language model alone; Blip2 holds that very model."""
+    torch.manual_seed(0)
+    ours = make_tiny(adapter)
+    peer = peer_of(ours).eval()
+    ids = torch.randint(5, 300, (2, 9))
+    features = torch.randn(2, ours.encoder.tokens, ours.encoder.width)
+    plain = ours.language.model(input_ids=ids, labels=ids).loss
+    if isinstance(peer, IdeficsPeer):
+        with torch.no_grad():
+            found = peer.loss(features, ids, torch.ones_like(ids), ids)
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+    else:
+        assert peer.blip.language_model is ours.language.model
+        before = peer.loss(features, ids, torch.ones_like(ids), ids)
+        after = peer.loss(features + torch.randn_like(features), ids, torch.ones_like(ids), ids)
+        assert before.item() != after.item()
+    assert not any(p.requires_grad for p in ours.language.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
+def test_trained_parameters_are_close_at_the_recipes_sizes(real_model: object, adapter: str) -> None:
+    options = {"pictures": 1, "data": None, "precision": "float32"}
+    ours, theirs = Ours(adapter, True, options), Theirs(adapter, True, options)
+    assert abs(theirs.trained / ours.trained - 1) < CLOSE
+
+
+@pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
+@pytest.mark.parametrize("warm", [True, False])
+def test_every_contestant_learns(tiny_config: Any, adapter: str, warm: bool, tmp_path: Any) -> None:
+    options = {"pictures": 2, "data": None, "precision": "float32", "model": tiny_config(adapter)}
+    for kind in (Ours, Theirs):
+        contestant = kind(adapter, warm, options)
+        for parameter in contestant.optimizer.param_groups:
+            parameter["lr"] = 1e-2
+        for turn in range(3 * BATCHES):
+            contestant.step(turn % BATCHES)
+        assert contestant.losses[-1] < contestant.losses[0]
+        assert bool(contestant.kept) == warm
+
+
+def test_ratios_are_ours_over_theirs() -> None:
+    row = lambda speed, memory: {"captions_per_second": speed, "peak_memory": memory}  # noqa: E731
+    found = ratios({"flamingo warm": row(30, 1), "idefics plain": row(10, 2), "flamingo plain": row(15, 3)})
+    assert found["flamingo / idefics, warm"] == 3
+    assert found["flamingo / idefics, no caches"] == 1.5
+    assert found["flamingo / idefics, warm: memory"] == 0.5
