@@ -127,6 +127,8 @@ def _is_local(host: str) -> bool:
 
 def _bind(host: str, port: int) -> socket.socket:
     """A bound socket, before the model is loaded: a port in use is told at once."""
+    if not 0 <= port <= 65_535:  # getaddrinfo would take it modulo 65,536
+        raise ConfigError(f"--port {port} is not between 0 and 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
