@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +29,9 @@ from vlm.vision import Encoder
 BATCH = 8
 """Pictures encoded together; larger ones are no faster on a CPU."""
 DAY = 86_400
+PAGE = 4096
+LARGEST = 65_504.0
+"""The largest float16; a feature beyond it would become infinite."""
 FORMAT = 2
 """Raised when an encoder of the same configuration gives other features."""
 
@@ -44,37 +51,49 @@ class FeatureCache:
         import lmdb
 
         self.folder, self.max_bytes = folder, max_bytes
+        self._full = lmdb.MapFullError
+        self._error = lmdb.Error
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # The map is a promise of address space, not of disk; a quarter more holds LMDB's own pages.
-            self._lmdb = lmdb.open(
-                str(folder), map_size=max_bytes + max_bytes // 4 + (64 << 20), max_dbs=2, sync=False
-            )
+            self._lmdb = _opened(folder.resolve(), max_bytes + max_bytes // 4 + (64 << 20))
+            self._release = weakref.finalize(self, _released, folder.resolve())
+            self._values = self._lmdb.open_db(b"values")
+            self._used = self._lmdb.open_db(b"used")
         except (OSError, lmdb.Error) as problem:
-            raise DataError(f"the feature cache {folder} cannot be opened: {problem}") from problem
-        self._full = lmdb.MapFullError
-        self._error = lmdb.Error
-        self._values = self._lmdb.open_db(b"values")
-        self._used = self._lmdb.open_db(b"used")
+            raise DataError(
+                f"the feature cache {folder} cannot be opened: {problem}; a damaged one may be deleted"
+            ) from problem
 
     def get(self, key: str) -> np.ndarray | None:
         """The array under `key`, or None. A read writes only the first time in a day."""
         name = key.encode()
-        with self._lmdb.begin(buffers=True) as read:
-            raw = read.get(name, db=self._values)
-            if raw is None:
-                return None
-            used = read.get(name, db=self._used)
-            array = _unpack(raw)
-            stale = used is None or struct.unpack("<q", used)[0] + DAY < time.time()
+        try:
+            with self._lmdb.begin(buffers=True) as read:
+                raw = read.get(name, db=self._values)
+                array = None if raw is None else _unpack(raw)
+                if array is None:
+                    return None
+                used = read.get(name, db=self._used)
+                stale = used is None or struct.unpack("<q", used)[0] + DAY < time.time()
+        except self._error as problem:
+            raise self._unusable("read", problem) from problem
         if stale:
             self._write({name: None})
         return array
 
+    def _unusable(self, how: str, problem: Exception) -> DataError:
+        return DataError(
+            f"the feature cache {self.folder} cannot be {how}: {problem}; a damaged one may be deleted"
+        )
+
     def put(self, arrays: dict[str, np.ndarray]) -> None:
         """Stores float16 arrays, making room first where the bound would be passed."""
         packed = {key.encode(): _pack(array) for key, array in arrays.items()}
-        need = sum(map(len, packed.values()))
+        # Values lie on pages of their own; one more may be needed to point at them.
+        need = PAGE + sum(-(-(len(value) + 16) // PAGE) * PAGE for value in packed.values())
+        if need > self.max_bytes:
+            return  # more at once than the store may ever hold
         if self.size() + need > self.max_bytes:
             self._make_room(need)
         self._write(dict(packed))
@@ -91,10 +110,11 @@ class FeatureCache:
             return int(read.stat(self._values)["entries"])
 
     def close(self) -> None:
+        """Writes everything to disk and, where this is the folder's last user in the process, closes it."""
         self._lmdb.sync(True)
-        self._lmdb.close()
+        self._release()
 
-    def _write(self, values: dict[bytes, bytes | None]) -> None:
+    def _write(self, values: dict[bytes, bytes | None], again: bool = True) -> None:
         now = struct.pack("<q", int(time.time()))
         try:
             with self._lmdb.begin(write=True) as write:
@@ -103,21 +123,61 @@ class FeatureCache:
                         write.put(name, value, db=self._values)
                     write.put(name, now, db=self._used)
         except self._full:
-            self._make_room(self.max_bytes // 4)
+            if again:
+                self._make_room(self.max_bytes // 4)
+                self._write(values, again=False)
         except self._error as problem:
-            raise DataError(f"the feature cache {self.folder} cannot be written: {problem}") from problem
+            raise self._unusable("written", problem) from problem
 
     def _make_room(self, need: int) -> None:
         """Drops the longest unused values until a tenth of the bound and `need` are free."""
         goal = self.size() + need - self.max_bytes + self.max_bytes // 10
-        with self._lmdb.begin(write=True) as write:
-            ages = sorted((struct.unpack("<q", at)[0], name) for name, at in write.cursor(self._used))
-            for _, name in ages:
-                if goal <= 0:
-                    break
-                value = write.pop(name, db=self._values)
-                write.delete(name, db=self._used)
-                goal -= len(value or b"")
+        try:
+            with self._lmdb.begin(write=True) as write:
+                ages = sorted((struct.unpack("<q", at)[0], name) for name, at in write.cursor(self._used))
+                for _, name in ages:
+                    if goal <= 0:
+                        break
+                    value = write.pop(name, db=self._values)
+                    write.delete(name, db=self._used)
+                    goal -= len(value or b"")
+        except self._error as problem:
+            raise self._unusable("emptied", problem) from problem
+
+
+_OPEN: dict[tuple[int, Path], tuple[Any, int]] = {}
+_OPENING = threading.Lock()
+SPARE_PAGES = 1024
+"""LMDB may count pages at the end of its file that it has not needed to write."""
+
+
+def _opened(folder: Path, map_size: int) -> Any:
+    """The folder's environment: LMDB allows one a process, however many models use it."""
+    import lmdb
+
+    place = os.getpid(), folder
+    with _OPENING:
+        environment, users = _OPEN.get(place, (None, 0))
+        if environment is None:
+            environment = lmdb.open(str(folder), map_size=map_size, max_dbs=2, sync=False)
+            pages = environment.info()["last_pgno"] + 1 - SPARE_PAGES
+            if (folder / "data.mdb").stat().st_size < pages * environment.stat()["psize"]:
+                environment.close()  # reading what is cut off would end the process, not raise
+                raise lmdb.CorruptedError("data.mdb is cut off")
+        elif map_size > environment.info()["map_size"]:
+            environment.set_mapsize(map_size)
+        _OPEN[place] = environment, users + 1
+    return environment
+
+
+def _released(folder: Path) -> None:
+    place = os.getpid(), folder
+    with _OPENING:
+        environment, users = _OPEN.pop(place, (None, 0))
+        if users > 1:
+            _OPEN[place] = environment, users - 1
+        elif environment is not None:
+            environment.close()
 
 
 def _pack(array: np.ndarray) -> bytes:
@@ -125,8 +185,13 @@ def _pack(array: np.ndarray) -> bytes:
     return struct.pack("<ii", rows, width) + array.astype(np.float16).tobytes()
 
 
-def _unpack(raw: bytes | memoryview) -> np.ndarray:
+def _unpack(raw: bytes | memoryview) -> np.ndarray | None:
+    """The array, or None where the bytes are not one."""
+    if len(raw) < 8:
+        return None
     rows, width = struct.unpack("<ii", raw[:8])
+    if rows < 0 or width < 0 or len(raw) != 8 + 2 * rows * width:
+        return None
     return np.frombuffer(raw, dtype=np.float16, offset=8).reshape(rows, width).copy()
 
 
@@ -182,7 +247,8 @@ class Features:
             pixels = torch.stack([self.encoder.preprocess(missing[name], view) for name in part])
             with torch.no_grad():
                 features = self.encoder(pixels.to(next(self.encoder.parameters())))
-            arrays = dict(zip(part, features.float().cpu().numpy().astype(np.float16), strict=True))
+            values = features.float().clamp(-LARGEST, LARGEST).cpu().numpy().astype(np.float16)
+            arrays = dict(zip(part, values, strict=True))
             if self.cache is not None:
                 self.cache.put(arrays)
             encoded.update(arrays)
