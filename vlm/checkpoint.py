@@ -158,6 +158,11 @@ def build_model(
         raise ConfigError(f"dtype {dtype!r} is none of float32, bfloat16, float16")
     vision = resolve(config.vision.encoder, offline=offline)
     words = resolve(config.language_model, offline=offline)
+    if vision.kind != "encoder" or words.kind != "language":
+        raise ConfigError(
+            f"{vision.id} is of kind {vision.kind} and {words.id} of kind {words.kind}: "
+            f"vision.encoder wants an encoder, language_model a language model"
+        )
     encoder = load_encoder(config.vision, vision)
     language = LanguageModel.load(words.path, precision)
     adapter = build_adapter(
