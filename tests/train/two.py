@@ -54,6 +54,7 @@ def main(recipe: str, out: Path) -> None:
         out.write_text(
             json.dumps({"losses": [step.loss for step in steps], "rewards": rewards, "weights": weights})
         )
+    accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts
     accelerator.end_training()
 
 

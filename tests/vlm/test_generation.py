@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vlm.config import GenerationConfig
+from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.generation import DecodeBatch, DecodeRequest, Writer, pictures_of, sample
@@ -382,19 +383,21 @@ def test_streaming_equals_asking(tiny_model: VLM, draw: Draw) -> None:
 # --- ends ---------------------------------------------------------------------------------------------------
 
 
-def test_finish_reasons(real_model: VLM) -> None:
-    question = "What is the capital of France?"
-    whole = real_model.ask([], question, max_new_tokens=30)
+def test_finish_reasons(real_model: VLM, samples_dir: Path) -> None:
+    """A caption, whatever it says, has several words and an end."""
+    asked = Conversation.ask([samples_dir / "cat.jpg"], CAPTION_PROMPT)
+    (whole,) = real_model.ask_batch([asked], max_new_tokens=60)
+    words = whole.text.split()
     assert (whole.finish_reason, whole.usage.completion_tokens) == ("stop", len(whole.tokens) + 1)
-    assert "Paris" in whole.text
-    cut = real_model.ask([], question, max_new_tokens=3)
-    assert (cut.finish_reason, cut.usage.completion_tokens, len(cut.tokens)) == ("length", 3, 3)
+    assert len(words) >= 3
+    (cut,) = real_model.ask_batch([asked], max_new_tokens=2)
+    assert (cut.finish_reason, cut.usage.completion_tokens, len(cut.tokens)) == ("length", 2, 2)
     assert whole.text.startswith(cut.text)
-    stopped = real_model.ask([], question, stop="Paris")
+    (stopped,) = real_model.ask_batch([asked], stop=(words[1],))
     assert stopped.finish_reason == "stop"
-    assert stopped.text == whole.text[: whole.text.index("Paris")].strip()
+    assert stopped.text == whole.text[: whole.text.index(words[1])].strip()
     assert stopped.usage.completion_tokens == len(stopped.tokens)
-    exact = real_model.ask([], question, max_new_tokens=whole.usage.completion_tokens - 1)
+    (exact,) = real_model.ask_batch([asked], max_new_tokens=whole.usage.completion_tokens - 1)
     assert (exact.text, exact.finish_reason) == (whole.text, "length")
 
 
