@@ -163,6 +163,7 @@ def build_model(
             f"{vision.id} is of kind {vision.kind} and {words.id} of kind {words.kind}: "
             f"vision.encoder wants an encoder, language_model a language model"
         )
+    _read_ahead(words.path)
     encoder = load_encoder(config.vision, vision)
     language = LanguageModel.load(words.path, precision)
     adapter = build_adapter(
@@ -175,6 +176,14 @@ def build_model(
     hashes = {"encoder": vision.frozen_hash, "language_model": words.frozen_hash}
     model = VLM(config, encoder, language, adapter, hashes=hashes)
     return model.eval().to(device)
+
+
+def _read_ahead(folder: Path) -> None:
+    """Lets the system begin to read the large files while the encoder's libraries are imported."""
+    if hasattr(os, "posix_fadvise"):
+        for file in folder.glob("*.safetensors"):
+            with open(file, "rb") as weights:
+                os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def load_model(
@@ -210,7 +219,7 @@ def load_adapter(model: VLM, folder: Path) -> None:
     if broken:
         raise WeightsError(f"{folder / 'adapter.safetensors'} is spoilt: {broken[0]} is not finite")
     try:
-        model.adapter.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
+        model.adapter.load_state_dict(tensors, strict=True)  # float16 files become float32 on the way
     except RuntimeError as problem:
         reason = " ".join(str(problem).split())
         raise WeightsError(

@@ -318,7 +318,7 @@ def process(*argv: object, **environment: str) -> subprocess.CompletedProcess[st
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
     )
 
 
@@ -360,16 +360,19 @@ def test_time_and_memory_of_the_whole_command(real_model: VLM, samples_dir: Path
     argv = ["ask", str(samples_dir / "cat.jpg"), "What is in the picture?", "--offline"]
     if real_model.adapter_name == "untrained":
         pytest.skip("no adapter ships yet")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *argv, "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    used = json.loads(done.stdout)
-    assert used["code"] == 0, used["err"]
-    assert json.loads(used["out"])["answer"]
-    assert used["err"] == ""
-    assert used["mb"] < 1600
-    assert used["cpu"] < 16, used  # two cores for eight seconds
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *argv, "--json"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        used = json.loads(done.stdout)
+        assert used["code"] == 0, used["err"]
+        assert json.loads(used["out"])["answer"]
+        assert used["err"] == ""
+        assert used["mb"] < 1600
+        if used["cpu"] < 14:
+            return
+    pytest.fail(f"three times too slow: {used}")
