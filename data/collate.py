@@ -148,10 +148,12 @@ def batches_from(
         epoch += 1
 
 
-def told_of(group: Group, processor: Processor, seed: int, epoch: int) -> list[tuple[Tokens, float]]:
+def told_of(
+    group: Group, processor: Processor, seed: int, epoch: int, hints: Sequence[str] = ()
+) -> list[tuple[Tokens, float]]:
     """What a group tells in one epoch, as the model reads it, with its weight in the loss."""
     drawn = group.draw(seed, epoch)
-    return [(processor.tokens(pair.example, pair.answer), pair.weight) for pair in drawn]
+    return [(processor.tokens(pair.example, pair.answer, hints), pair.weight) for pair in drawn]
 
 
 def rows_of(told: Sequence[tuple[Tokens, float]], processor: Processor, shared: bool = True) -> list[Row]:

@@ -8,6 +8,8 @@ from typing import Any
 from vlm.config import ModelConfig, from_dict
 from vlm.errors import ConfigError
 
+OBJECTIVES = ("likelihood", "cider", "words")
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -52,6 +54,36 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class WordsConfig:
+    """A first stage in which the adapter's image side learns the captions' words (`objective: words`)."""
+
+    steps: int = 0
+    """Its steps; 0: none."""
+    batch: int = 64
+    """Pictures a step."""
+    warmup: int = 50
+    """Steps of linear warm-up; the rate is the main stage's, and falls to the end."""
+    rarest: int = 8
+    """Pictures that a word must stand in the captions of, to be learnt."""
+
+
+@dataclass(frozen=True)
+class HintsTraining:
+    """How a run treats the encoder's labels, where the model is told them (`model.hints.count`)."""
+
+    drop: float = 0.2
+    """Share of pictures without hints in an epoch."""
+    swap: float = 0.1
+    """Share of pictures with the hints of another."""
+    naming: float = 0.0
+    """Share of pictures that are also asked what they show; the answer is the encoder's first label."""
+    sure: float = 0.3
+    """A naming question needs a label at least this probable."""
+    weight: float = 1.0
+    """Weight of a naming answer's tokens in the loss."""
+
+
+@dataclass(frozen=True)
 class FastConfig:
     """What a mostly frozen network allows; each is a switch, so that its gain can be measured."""
 
@@ -93,7 +125,9 @@ class TrainConfig:
     micro: int = 0
     """Pictures a forward pass; 0: as many of the batch as memory holds."""
     objective: str = "likelihood"
-    """`likelihood`, or `cider`: besides the sources' answers, captions sampled and rewarded by CIDEr."""
+    """`likelihood`; `cider`: besides the sources' answers, captions sampled and rewarded by CIDEr; `words`:
+    the captions' words alone, learnt without the language model."""
+    words: WordsConfig = field(default_factory=WordsConfig)
     samples: int = 5
     """Captions sampled a picture, where the objective is `cider`."""
     flip: float = 0.5
@@ -105,6 +139,7 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, order, drawing, dropout."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    hints: HintsTraining = field(default_factory=HintsTraining)
     holdout: float = 0.0
     """Share of the pictures that is set aside and asked before and after training."""
     fast: FastConfig = field(default_factory=FastConfig)
@@ -124,8 +159,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16"):
             raise ConfigError(f"precision {self.precision!r} is neither float32 nor bf16")
-        if self.objective not in ("likelihood", "cider"):
-            raise ConfigError(f"objective {self.objective!r} is neither likelihood nor cider")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if self.objective == "cider" and self.samples < 2:
             raise ConfigError("the objective cider compares samples: samples must be at least 2")
         if self.steps < 1 or self.batch < 1 or self.micro < 0:
@@ -134,6 +169,9 @@ class TrainConfig:
             raise ConfigError("save_every, keep and log_every must be at least 1")
         if not 0 <= self.flip <= 1 or not 0 <= self.smoothing < 1 or not 0 <= self.holdout < 1:
             raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
+        told = self.hints
+        if min(told.drop, told.swap) < 0 or told.drop + told.swap > 1 or not 0 <= told.naming <= 1:
+            raise ConfigError("hints: drop, swap and naming are shares, drop and swap together at most 1")
 
 
 def recipe_config(values: dict[str, Any]) -> TrainConfig:

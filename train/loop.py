@@ -28,6 +28,7 @@ from vlm.model import VLM
 from vlm.processor import Row, Tokens
 from vlm.train import fast
 from vlm.train.config import TrainConfig
+from vlm.train.hints import drawn_hints, naming
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
@@ -60,11 +61,15 @@ class Step:
 
 @dataclass
 class Part:
-    """A micro-batch: its rows, their images' features, and the mean reward of its sampled captions."""
+    """A micro-batch: its rows, their images' features, and the mean reward of its sampled captions.
+
+    `targets` stands for the rows where words are learnt, not sentences.
+    """
 
     rows: list[Row]
     features: Tensor
     reward: float = 0.0
+    targets: Tensor | None = None
 
 
 class Trainer:
@@ -93,8 +98,9 @@ class Trainer:
         if config.precision == "bf16":
             model.language.halve()
         self.loss = fast.prepare(model, config.fast)
-        self.processes.same_start(self.adapter)
-        self.optimizer = build_optimizer(self.adapter, config.optim)
+        self.trained = self.trained_part()
+        self.processes.same_start(self.trained)
+        self.optimizer = build_optimizer(self.trained, config.optim)
         self.average = Average(self.adapter, config.optim.average) if config.optim.average else None
         self.micro = config.micro
         self.step = 0
@@ -104,6 +110,10 @@ class Trainer:
         self.stopping = False
         self.data_hash = store.data_hash(groups)
         self.reward = CiderReward(caption_references(groups)) if config.objective == "cider" else None
+
+    def trained_part(self) -> nn.Module:
+        """What the optimizer moves and a state holds: the adapter."""
+        return self.adapter
 
     # --- from start to end -------------------------------------------------------------------------
 
@@ -129,7 +139,7 @@ class Trainer:
                 f"{path} was trained on other pictures or answers: choose another out=FOLDER, or give --fresh"
             )
         restore(
-            path, tensors, meta["groups"], self.adapter, self.optimizer, self.average, self.processes.rank
+            path, tensors, meta["groups"], self.trained, self.optimizer, self.average, self.processes.rank
         )
         self.step, self.skipped = extra["step"], extra["skipped"]
         self.bad, self.seconds = extra.get("bad", 0), extra.get("seconds", 0.0)
@@ -197,7 +207,7 @@ class Trainer:
                 "data": self.data_hash,
                 "config": identity(self.config),
             }
-            files = pack(self.adapter, self.optimizer, self.average, randoms, extra)
+            files = pack(self.trained, self.optimizer, self.average, randoms, extra)
             save_state(self.out / "state", self.step, files, self.config.keep)
         self.accelerator.wait_for_everyone()
 
@@ -213,7 +223,7 @@ class Trainer:
         micro = self.micro or max(1, len(mine))
         parts = [self.prepare(mine[i : i + micro], epoch) for i in range(0, len(mine), micro)]
         # Every process divides by the weight of the whole step, known before the first backward pass.
-        local = sum(self._weight(row) for part in parts for row in part.rows)
+        local = sum(map(self.weight, parts))
         (weight,) = self.processes.sums([local])
         total, tokens = 0.0, 0
         for part in parts:
@@ -223,9 +233,10 @@ class Trainer:
         rows = sum(len(part.rows) for part in parts)
         total, read, rewards, shown, stop = self.processes.sums([total, tokens, rewards, rows, self.stopping])
         self.stopping = stop > 0
-        self.processes.sum_gradients(self.model.trainable())
+        parameters = list(self.trained.parameters())
+        self.processes.sum_gradients(parameters)
         numbers = self.adapter.statistics() | _norms(self.adapter)
-        norm = float(nn.utils.clip_grad_norm_(self.model.trainable(), config.optim.clip))
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.optim.clip))
         skipped = not self._update(total / weight, norm, groups)
         if self.reward is not None:
             numbers["reward"] = rewards / max(1, shown)
@@ -240,22 +251,37 @@ class Trainer:
         (loss / weight).backward()
         return float(loss.detach()), batch.ids.numel()
 
-    def _weight(self, row: Row) -> float:
-        """What a row counts in a step's mean; advantages sum to nothing, so with them it is the tokens."""
-        return sum(weight for _, _, weight in row.labels) if self.reward is None else len(row.labels)
+    def weight(self, part: Part) -> float:
+        """What a part counts in a step's mean; advantages sum to nothing, so with them it is the tokens."""
+        if self.reward is not None:
+            return sum(len(row.labels) for row in part.rows)
+        return sum(weight for row in part.rows for _, _, weight in row.labels)
+
+    def view(self, group: Group, epoch: int) -> str:
+        """How an epoch shows a group's pictures."""
+        mirrored = (
+            group.mirrors and seeded(self.config.seed, epoch, group.id, "view").random() < self.config.flip
+        )
+        return "flip" if mirrored else "whole"
 
     def prepare(self, groups: Sequence[Group], epoch: int) -> Part:
         """A micro-batch of an epoch's drawing."""
         config, processor = self.config, self.model.processor
         seen: list[Tensor] = []
+        hints: list[list[str]] = []
+        told: list[list[tuple[Tokens, float]]] = []
         for group in groups:
-            mirrored = group.mirrors and seeded(config.seed, epoch, group.id, "view").random() < config.flip
-            seen.append(self.store(group, "flip" if mirrored else "whole"))
-        told = [told_of(group, processor, config.seed, epoch) for group in groups]
+            view = self.view(group, epoch)
+            seen.append(self.store(group, view))
+            hints.append(drawn_hints(group, view, epoch, self.groups, self.store, config))
+            pairs = told_of(group, processor, config.seed, epoch, hints[-1])
+            told.append(pairs + naming(group, view, epoch, hints[-1], self.store, processor, config))
         reward = 0.0
         if self.reward is not None:
             with self.autocast():
-                sampled, reward = rewarded(self.model, self.reward, groups, torch.cat(seen), config.samples)
+                sampled, reward = rewarded(
+                    self.model, self.reward, groups, torch.cat(seen), config.samples, hints
+                )
             told = [one + other for one, other in zip(told, sampled, strict=True)]
         rows: list[Row] = []
         features: list[Tensor] = []

@@ -145,6 +145,8 @@ def _untouched(trainer: Trainer) -> Iterator[None]:
 def _choose_micro(trainer: Trainer, batch: list[Group]) -> int:
     """The whole batch, halved until its activations fit."""
     rows = trainer.prepare(batch, 0).rows
+    if not rows:
+        return len(batch)  # words are learnt without the language model, whose activations need the room
     nodes = max(len(row.codes) for row in rows) * len(rows) / len(batch)
     language = trainer.model.language
     lowest = min(trainer.adapter.at_layers, default=0)

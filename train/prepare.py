@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_PROMPT, HintsConfig
 from vlm.data.collate import Group, Source, group_by_image, image_name
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
@@ -17,6 +17,7 @@ from vlm.data.splits import split_by_image
 from vlm.data.text import normalise_caption
 from vlm.errors import ConfigError, DataError
 from vlm.features import Features
+from vlm.hints import likely_labels
 from vlm.images import ImageError, open_picture
 from vlm.train.config import SourceConfig, TrainConfig
 from vlm.train.shapes import SHAPES, shapes
@@ -28,6 +29,7 @@ BAD_SHARE = 0.01
 HOLDOUT_SALT = "holdout"
 
 Progress = Callable[[str, int, int], None]
+Labels = list[list[tuple[str, float]]]
 
 
 def read_sources(config: TrainConfig) -> list[Source]:
@@ -119,14 +121,16 @@ class FeatureStore:
         features: Features,
         groups: Sequence[Group],
         flip: float,
+        hints: HintsConfig,
         progress: Progress,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        self.features = features
+        self.features, self.hints = features, hints
         self.bad: dict[str, str] = {}
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._held: dict[tuple[str, str], Tensor] = {}
+        self._labels: dict[tuple[str, str], Labels] = {}
         self._bytes = 0
         order = sorted(range(len(groups)), key=lambda i: ((i - rank) % processes, i))
         for done, index in enumerate(order):
@@ -143,7 +147,9 @@ class FeatureStore:
     def _add(self, group: Group, views: Sequence[str]) -> None:
         pictures = [open_picture(image) for image in group.images]
         for view in views:
-            seen = self.features(pictures, view)
+            found = self.features.see(pictures, view, scored=self.hints.count > 0)
+            seen, names = found.features, self.features.encoder.labels
+            self._labels[group.id, view] = likely_labels(found.scores, names, self.hints)
             self._keys[group.id, view] = [self.features.key(picture, view) for picture in pictures]
             if self._bytes < MEMORY:
                 self._held[group.id, view] = seen.half()
@@ -155,6 +161,11 @@ class FeatureStore:
         if name in self._held:
             return self._held[name].float()
         return self.features.stored(self._keys[name])
+
+    def labels(self, group: Group, view: str) -> Labels:
+        """The encoder's labels of each of the group's pictures, in the view that `__call__` gives."""
+        name = (group.id, view)
+        return self._labels[name if name in self._labels else (group.id, "whole")]
 
     def data_hash(self, groups: Sequence[Group]) -> str:
         """SHA-256 over the pictures' contents and everything said of them, in the groups' order."""

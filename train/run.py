@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vlm.train.prepare import FeatureStore, groups_of, read_sources, set_aside
 from vlm.train.record import Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
+from vlm.train.words import WordTrainer
 from vlm.weights_cache import cache_root
 
 
@@ -41,6 +43,9 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
     Returns:
         Whether the last step was reached (a signal ends a run early, with its state saved).
     """
+    start = _learn_words(config, offline, fresh, device) if config.words.steps else ""
+    if start is None:
+        return False
     accelerator = Accelerator(
         cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()),
         log_with=list(config.trackers) or None,
@@ -51,11 +56,12 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         shutil.rmtree(out / "state", ignore_errors=True)
     accelerator.wait_for_everyone()
     with Screen(accelerator.is_main_process) as screen:
-        model = make_model(config, offline)
+        model = make_model(config, offline, start)
         sources, held = set_aside(read_sources(config), config.holdout)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
         before = _before(model, held, out) if held and accelerator.is_main_process else None
-        trainer = Trainer(model, config, groups, store, lambda _: None, accelerator)
+        kind = WordTrainer if config.objective == "words" else Trainer
+        trainer = kind(model, config, groups, store, lambda _: None, accelerator)
         trainer.resume(screen.say)
         done = _run(trainer, screen, held)
     if before is not None and done:
@@ -76,10 +82,32 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
     return done
 
 
-def make_model(config: TrainConfig, offline: bool) -> VLM:
-    """The recipe's model with a feature cache: fresh, or from the adapter it starts from."""
+def _learn_words(config: TrainConfig, offline: bool, fresh: bool, device: str) -> str | None:
+    """The adapter after the recipe's stage of words; None where that was stopped."""
+    words = config.words
+    first = replace(
+        config,
+        objective="words",
+        words=replace(words, steps=0),
+        out=str(Path(config.out) / "words"),
+        steps=words.steps,
+        batch=words.batch,
+        micro=0,
+        optim=replace(config.optim, warmup=words.warmup, decay=1.0, average=0.0),
+        holdout=0.0,
+        trackers=(),
+        note="The image side alone, taught the captions' words.",
+    )
+    begun = not fresh and newest_valid(Path(config.out) / "state")[0] is not None
+    if begun and (Path(first.out) / "adapter.safetensors").is_file():
+        return first.out
+    return first.out if train(first, offline=offline, fresh=fresh, device=device) else None
+
+
+def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
+    """The recipe's model with a feature cache: fresh, or from `start` (or the recipe's own)."""
     torch.manual_seed(config.seed)
-    start = config.start
+    start = start or config.start
     model = load_model(start, offline=offline) if start else build_model(config.model, offline=offline)
     model.features.cache = FeatureCache(Path(config.feature_cache or cache_root() / "features"))
     return model
@@ -94,6 +122,7 @@ def prepare(
         model.features,
         groups,
         config.flip,
+        model.config.hints,
         screen.progress,
         accelerator.process_index,
         accelerator.num_processes,

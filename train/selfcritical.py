@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -120,6 +121,7 @@ def rewarded(
     groups: Sequence[Group],
     features: Tensor,
     samples: int,
+    hints: Sequence[Sequence[str]],
     longest: int = 24,
 ) -> tuple[list[list[tuple[Tokens, float]]], float]:
     """Sampled captions of each group's picture with their advantages, and the mean reward.
@@ -128,6 +130,7 @@ def rewarded(
 
     Args:
         features: (I, N, D_v) of the groups' pictures, group after group.
+        hints: of each group's pictures.
     """
     processor = model.processor
     known = [index for index, group in enumerate(groups) if group.id in reward.vectors]
@@ -135,8 +138,9 @@ def rewarded(
     if not known:
         return result, 0.0
     shares = features.split([len(group.images) for group in groups])
-    prompts = [Conversation.ask(groups[index].images, CAPTION_PROMPT) for index in known]
-    rows = [processor.row([processor.tokens(prompt)]) for prompt in prompts]
+    asked = [Conversation.ask(groups[index].images, CAPTION_PROMPT) for index in known]
+    prompts = [processor.tokens(c, hints=hints[index]) for c, index in zip(asked, known, strict=True)]
+    rows = [processor.row([prompt]) for prompt in prompts]
     drawn = sample_captions(model, rows, torch.cat([shares[index] for index in known]), samples, longest)
     rewards: list[float] = []
     for index, prompt, answers in zip(known, prompts, drawn, strict=True):
@@ -146,7 +150,7 @@ def rewarded(
         mean = sum(scores) / samples
         made = []
         for ids, score in zip(answers, scores, strict=True):
-            tokens = processor.tokens(prompt)
+            tokens = deepcopy(prompt)
             tokens.add(ids, supervised=True)
             made.append((tokens, (score - mean) * samples / (samples - 1)))
         result[index] = made

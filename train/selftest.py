@@ -79,7 +79,7 @@ def selftest(config: TrainConfig, *, offline: bool, steps: int = STEPS) -> tuple
         screen = Screen(sys.stderr.isatty())
         model = make_model(config, offline)
         groups = told_apart(groups_of(read_sources(config)))
-        store = FeatureStore(model.features, groups, 0.0, screen.progress)
+        store = FeatureStore(model.features, groups, 0.0, model.config.hints, screen.progress)
         losses: list[float] = []
 
         def report(step: Step) -> None:

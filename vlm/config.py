@@ -105,12 +105,26 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
+class HintsConfig:
+    """The encoder's own words: what its frozen classifier is confident of, told to the language model."""
+
+    count: int = 0
+    """At most this many labels an image; 0: none are told."""
+    least: float = 0.1
+    """Labels below this probability stay untold."""
+
+    def __post_init__(self) -> None:
+        _check("hints.", count=self.count >= 0, least=0 <= self.least <= 1)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model: which frozen parts, and which adapter joins them."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     language_model: str = "smollm2-135m-instruct"
     """Language-model id: `smollm2-135m-instruct`, a local folder, or a hub id."""
+    hints: HintsConfig = field(default_factory=HintsConfig)
     adapter: str = "flamingo"
     """`flamingo` or `qformer`: the section of this name holds its sizes."""
     flamingo: FlamingoConfig = field(default_factory=FlamingoConfig)

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ DAY = 86_400
 PAGE = 4096
 LARGEST = 65_504.0
 """The largest float16; a feature beyond it would become infinite."""
+SCORES = "/scores"
+"""Ends the key of a picture's label probabilities; what comes before is its features' key."""
 FORMAT = 2
 """Raised when an encoder of the same configuration gives other features."""
 
@@ -195,6 +198,19 @@ def _unpack(raw: bytes | memoryview) -> np.ndarray | None:
     return np.frombuffer(raw, dtype=np.float16, offset=8).reshape(rows, width).copy()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the encoder makes of I pictures.
+
+    Attributes:
+        features: (I, N, D_v) float32.
+        scores: (I, C) float32 probabilities of the encoder's labels; C is 0 where it has none.
+    """
+
+    features: Tensor
+    scores: Tensor
+
+
 class Features:
     """Pictures -> features, through a cache where there is one."""
 
@@ -219,36 +235,51 @@ class Features:
         return torch.from_numpy(np.stack(held)).float()
 
     def __call__(self, pictures: Sequence[Picture], view: str = "whole") -> Tensor:
-        """(I, N, D_v) float32; each distinct picture is encoded once.
+        """(I, N, D_v) float32 features; each distinct picture is encoded once."""
+        return self.see(pictures, view, scored=False).features
+
+    def see(self, pictures: Sequence[Picture], view: str = "whole", scored: bool = True) -> Seen:
+        """Features, and what the encoder's classifier says unless not `scored`.
 
         Values pass through float16 whether or not there is a cache, so that both give the same answers.
         """
         keys = [self.key(picture, view) for picture in pictures]
+        scored = scored and bool(self.encoder.labels)
         found: dict[str, np.ndarray] = {}
         missing: dict[str, Picture] = {}
         for key, picture in zip(keys, pictures, strict=True):
             if key in found or key in missing:
                 continue
-            array = None if self.cache is None else self.cache.get(key)
-            if array is None:
+            names = (key, key + SCORES) if scored else (key,)
+            arrays = {name: None if self.cache is None else self.cache.get(name) for name in names}
+            held = {name: array for name, array in arrays.items() if array is not None}
+            if len(held) < len(names):
                 missing[key] = picture
             else:
-                found[key] = array
+                found.update(held)
         found.update(self._encode(missing, view))
         if not keys:
-            return torch.zeros(0, self.encoder.tokens, self.encoder.width)
-        return torch.from_numpy(np.stack([found[key] for key in keys])).float()
+            return Seen(torch.zeros(0, self.encoder.tokens, self.encoder.width), torch.zeros(0, 0))
+        features = torch.from_numpy(np.stack([found[key] for key in keys])).float()
+        if not scored:
+            return Seen(features, features.new_zeros(len(keys), 0))
+        scores = np.concatenate([found[key + SCORES] for key in keys])
+        return Seen(features, torch.from_numpy(scores).float())
 
     def _encode(self, missing: dict[str, Picture], view: str) -> dict[str, np.ndarray]:
+        """Features by key, and (1, C) scores by key + `SCORES`, of pictures that are not in the cache."""
         encoded: dict[str, np.ndarray] = {}
         names = list(missing)
         for begin in range(0, len(names), BATCH):
             part = names[begin : begin + BATCH]
             pixels = torch.stack([self.encoder.preprocess(missing[name], view) for name in part])
             with torch.no_grad():
-                features = self.encoder(pixels.to(next(self.encoder.parameters())))
+                features, scores = self.encoder.look(pixels.to(next(self.encoder.parameters())))
             values = features.float().clamp(-LARGEST, LARGEST).cpu().numpy().astype(np.float16)
             arrays = dict(zip(part, values, strict=True))
+            if self.encoder.labels:
+                said = scores.float().cpu().numpy().astype(np.float16)
+                arrays |= {name + SCORES: row[None] for name, row in zip(part, said, strict=True)}
             if self.cache is not None:
                 self.cache.put(arrays)
             encoded.update(arrays)

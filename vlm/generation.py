@@ -23,7 +23,7 @@ from vlm.config import GenerationConfig
 from vlm.conversation import Conversation
 from vlm.decoder import DecoderState
 from vlm.errors import ConfigError, VLMError
-from vlm.images import Picture, open_picture
+from vlm.images import open_picture
 from vlm.processor import Row
 
 if TYPE_CHECKING:
@@ -256,30 +256,31 @@ def answer_all(model: VLM, conversations: Sequence[Conversation], config: Genera
     """Answers in the order asked; prompts of like length are decoded together."""
     from vlm.beams import beam_search
 
-    rows = [model.processor.row([model.processor.tokens(c)]) for c in conversations]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].codes))
+    lengths = [len(model.processor.tokens(conversation)) for conversation in conversations]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     answers: dict[int, Answer] = {}
     for begin in range(0, len(order), config.batch_size):
         part = order[begin : begin + config.batch_size]
         started = time.perf_counter()
-        requests = []
-        for i in part:
-            pictures = pictures_of(conversations[i], rows[i])
-            requests.append(DecodeRequest(rows[i], model.encode(pictures), config))
+        requests = [DecodeRequest(*shown(model, conversations[i]), config) for i in part]
         encoded = time.perf_counter()
         if config.num_beams > 1:
             writers = beam_search(model, requests, config)
         else:
             writers = _decode(model, requests)
         seconds = {"encode": encoded - started, "decode": time.perf_counter() - encoded}
-        for i, writer in zip(part, writers, strict=True):
-            answers[i] = finished(model, rows[i], writer, seconds)
-    return [answers[i] for i in range(len(rows))]
+        for i, request, writer in zip(part, requests, writers, strict=True):
+            answers[i] = finished(model, request.row, writer, seconds)
+    return [answers[i] for i in range(len(lengths))]
 
 
-def pictures_of(conversation: Conversation, row: Row) -> list[Picture]:
-    """The conversation's pictures in reading order."""
-    return [open_picture(conversation.images[i]) for i in row.tokens.images]
+def shown(
+    model: VLM, conversation: Conversation, answers: Sequence[str | None] = (None,)
+) -> tuple[Row, Tensor]:
+    """A conversation with its pictures opened: one row of all `answers`, and its images' features."""
+    seen, hints = model.see([open_picture(image) for image in conversation.images])
+    row = model.processor.row([model.processor.tokens(conversation, text, hints) for text in answers])
+    return row, seen[row.tokens.images]
 
 
 def finished(model: VLM, row: Row, writer: Writer, seconds: dict[str, float]) -> Answer:
@@ -308,9 +309,8 @@ def stream(model: VLM, conversation: Conversation, config: GenerationConfig) -> 
     """The answer, piece by piece; beams have no pieces, so they are refused by a `ConfigError`."""
     if config.num_beams > 1:
         raise ConfigError("beam search cannot stream: set num_beams=1")
-    row = model.processor.row([model.processor.tokens(conversation)])
     batch = DecodeBatch(model)
-    batch.add([DecodeRequest(row, model.encode(pictures_of(conversation, row)), config)])
+    batch.add([DecodeRequest(*shown(model, conversation), config)])
     while len(batch):
         for event in batch.step():
             if event.text:
@@ -327,13 +327,11 @@ def score_all(
         if not texts:
             scores.append([])
             continue
-        tokens = [model.processor.tokens(conversation, text) for text in texts]
-        row = model.processor.row(tokens)
+        row, features = shown(model, conversation, texts)
         batch = model.processor.batch([row]).to(model.device)
-        features = model.encode(pictures_of(conversation, row))
         hidden = model.hidden(batch, model.condition(batch, features)).flatten(0, 1)
         used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
         likely = model.language.logits(hidden[used]).log_softmax(dim=-1)[nodes, batch.labels]
-        sizes = [sum(t.supervised) for t in tokens]
+        sizes = [sum(model.processor.tokens(conversation, text).supervised) for text in texts]
         scores.append([float(part.sum()) for part in likely.split(sizes)])
     return scores

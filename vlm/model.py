@@ -19,7 +19,9 @@ from vlm.adapters import Adapter, Conditioning
 from vlm.answer import Answer
 from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig, from_dict
 from vlm.conversation import Conversation, ImageSource
+from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features
+from vlm.hints import hint_text, likely_labels
 from vlm.images import Picture
 from vlm.language import LanguageModel
 from vlm.losses import cross_entropy, frozen_head_cross_entropy
@@ -54,6 +56,8 @@ class VLM(nn.Module):
         feature_cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
+        if config.hints.count and not encoder.labels:
+            raise ConfigError(f"hints.count must be 0: {config.vision.encoder} knows no kinds of things")
         self.config = config
         self.encoder = encoder
         self.language = language
@@ -165,6 +169,12 @@ class VLM(nn.Module):
     def encode(self, pictures: Sequence[Picture], view: str = "whole") -> Tensor:
         """(I, N, D_v) float32 features, through the feature cache where there is one."""
         return self.features(pictures, view).to(self.device)
+
+    def see(self, pictures: Sequence[Picture], view: str = "whole") -> tuple[Tensor, list[str]]:
+        """(I, N, D_v) float32 features, and a hint for each picture (empty ones where hints are off)."""
+        seen = self.features.see(pictures, view, scored=self.config.hints.count > 0)
+        told = likely_labels(seen.scores, self.encoder.labels, self.config.hints)
+        return seen.features.to(self.device), [hint_text([name for name, _ in names]) for names in told]
 
     def blank_image(self) -> Image.Image:
         """A picture whose every pixel is the encoder's mean: what the model sees of nothing."""

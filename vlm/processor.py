@@ -123,11 +123,13 @@ class Processor:
         self.max_group = adapter.max_group
         self.max_positions = language.max_positions
 
-    def tokens(self, conversation: Conversation, answer: str | None = None) -> Tokens:
+    def tokens(
+        self, conversation: Conversation, answer: str | None = None, hints: Sequence[str] = ()
+    ) -> Tokens:
         """The whole conversation up to where the assistant speaks next.
 
         With `answer`, the assistant's words and the end of its turn follow, and they alone are
-        supervised.
+        supervised. With `hints`, one a picture of the conversation, each stands behind its picture.
 
         Raises:
             DataError: the last turn is not the user's, more neighbouring images than the adapter knows,
@@ -139,7 +141,7 @@ class Processor:
         out = Tokens()
         out.add(self.frame.start)
         for turn in conversation.turns:
-            self._turn(out, turn)
+            self._turn(out, turn, hints)
         out.add(self.frame.assistant_open)
         if answer is not None:
             out.add([*self.encode_text(answer), self.frame.end], supervised=True)
@@ -158,7 +160,7 @@ class Processor:
                 f"the language model reads {self.max_positions} tokens"
             )
 
-    def _turn(self, out: Tokens, turn: Turn) -> None:
+    def _turn(self, out: Tokens, turn: Turn, hints: Sequence[str]) -> None:
         user = turn.role == "user"
         out.add(self.frame.user_open if user else self.frame.assistant_open)
         words: list[int] = []
@@ -167,6 +169,8 @@ class Processor:
         for part in turn.parts:
             if isinstance(part, ImageSlot):
                 self._image(out, part.index, beside)
+                if hints and hints[part.index]:
+                    out.add(self.encode_text(hints[part.index]))
                 beside, shown = True, shown + 1
             elif part:
                 ids = self.encode_text(part)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlm.conversation import Conversation
-from vlm.generation import pictures_of
+from vlm.generation import shown
 from vlm.processor import Row
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def relevance(model: VLM, conversation: Conversation, answer: str) -> Tensor:
     Returns:
         (I, h, w) float32 on the encoder's grid; the cell that mattered most in the conversation has 1.
     """
-    row = model.processor.row([model.processor.tokens(conversation, answer)])
-    pictures = pictures_of(conversation, row)
-    if not pictures:
+    row, features = shown(model, conversation, [answer])
+    if not len(features):
         return torch.zeros(0, 0, 0)
-    maps = row_relevance(model, row, model.encode(pictures)).cpu()
+    maps = row_relevance(model, row, features).cpu()
     return maps / maps.max().clamp(min=torch.finfo(torch.float32).tiny)

@@ -45,6 +45,7 @@ class Encoder(nn.Module):
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.config = config
+        self.labels = class_names(backbone)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         try:
@@ -81,13 +82,21 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, D_v)."""
+        return self.look(pixels)[0]
+
+    def look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) -> (B, N, D_v) features, and (B, C) probabilities of the C `labels`."""
         backbone: Any = self.backbone
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if hasattr(backbone, "forward_features"):
-            return self._timm(backbone, pixels)
-        return self._open_clip(backbone, pixels)
+            last, finer = self._maps(backbone, pixels)
+            if self.labels:
+                return self._joined(backbone, last, finer), backbone.forward_head(last).softmax(dim=-1)
+            return self._joined(backbone, last, finer), pixels.new_zeros(len(pixels), 0)
+        return self._open_clip(backbone, pixels), pixels.new_zeros(len(pixels), 0)
 
-    def _timm(self, backbone: Any, pixels: Tensor) -> Tensor:
+    def _maps(self, backbone: Any, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A timm network's last features, and its maps at the finer stages."""
         stages = self.config.stages
         if not stages:
             last, finer = backbone.forward_features(pixels), []
@@ -95,6 +104,9 @@ class Encoder(nn.Module):
             last, finer = backbone.forward_intermediates(pixels, indices=list(stages), output_fmt="NCHW")
         if not isinstance(last, Tensor):
             raise ConfigError(f"{self.config.encoder} gives several maps of features, not one")
+        return last, finer
+
+    def _joined(self, backbone: Any, last: Tensor, finer: Sequence[Tensor]) -> Tensor:
         if last.ndim == 3:
             if finer:
                 raise ConfigError(f"{self.config.encoder} is no CNN: stages must be empty")
@@ -112,7 +124,7 @@ class Encoder(nn.Module):
 
     def _open_clip(self, backbone: Any, pixels: Tensor) -> Tensor:
         if hasattr(backbone, "trunk"):
-            return self._timm(backbone.trunk, pixels)
+            return self._joined(backbone.trunk, *self._maps(backbone.trunk, pixels))
         if self.config.stages:
             raise ConfigError(f"{self.config.encoder} is no timm CNN: stages must be empty")
         if hasattr(backbone, "layer4"):  # open_clip's own ResNet
@@ -133,6 +145,18 @@ class Encoder(nn.Module):
             tokens = torch.cat([out["image_intermediates_prefix"][-1], out["image_intermediates"][-1]], dim=1)
         assert isinstance(tokens, Tensor)
         return tokens.contiguous()
+
+
+def class_names(backbone: nn.Module) -> tuple[str, ...]:
+    """What a classifier of ImageNet's 1,000 kinds calls them (WordNet's first name); () for any other."""
+    if getattr(backbone, "num_classes", None) != 1000 or not hasattr(backbone, "forward_head"):
+        return ()
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if infer_imagenet_subset(backbone) != "imagenet-1k":
+        return ()
+    known = ImageNetInfo("imagenet-1k")
+    return tuple(known.index_to_description(kind).partition(",")[0] for kind in range(1000))
 
 
 def _fold(finer: Tensor, grid: torch.Size) -> Tensor:

@@ -76,7 +76,8 @@ def test_every_recipe_runs_for_two_steps(
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
     recipe = read_recipe(name)
     values = to_dict(recipe)
-    values["model"] = to_dict(tiny_config(recipe.model.adapter))
+    values["model"] = {**to_dict(tiny_config(recipe.model.adapter)), "hints": values["model"]["hints"]}
+    values["words"] = {**values["words"], "steps": min(2, recipe.words.steps), "rarest": 1}
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     settings = [

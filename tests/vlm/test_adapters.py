@@ -29,12 +29,10 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 
 def batch_of(model: VLM, *conversations: Conversation, answer: str | None = "a dog") -> tuple[Batch, Tensor]:
     """One row each, with the features of their pictures in reading order."""
-    from vlm.generation import pictures_of
+    from vlm.generation import shown
 
-    processor = model.processor
-    rows = [processor.row([processor.tokens(c, answer)]) for c in conversations]
-    pictures = [p for c, row in zip(conversations, rows, strict=True) for p in pictures_of(c, row)]
-    return processor.batch(rows), model.encode(pictures)
+    rows, features = zip(*(shown(model, c, [answer]) for c in conversations), strict=True)
+    return model.processor.batch(rows), torch.cat(features)
 
 
 def interleaved(draw: Draw) -> Conversation:

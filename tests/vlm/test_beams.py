@@ -75,10 +75,10 @@ def totals(model: VLM, ask: Conversation, longest: int) -> dict[tuple[int, ...],
         told.append(tokens)
     row = model.processor.row(told)
     batch = model.processor.batch([row])
-    from vlm.generation import pictures_of
+    from vlm.generation import shown
 
     with torch.inference_mode():
-        logits = model(batch, model.encode(pictures_of(ask, row)))
+        logits = model(batch, shown(model, ask)[1])
     likely = logits.log_softmax(-1)[0, batch.label_nodes].gather(1, batch.labels[:, None])[:, 0]
     parts = likely.split([len(answer) for answer in answers])
     return {answer: float(part.sum()) for answer, part in zip(answers, parts, strict=True)}
@@ -188,11 +188,10 @@ def test_one_beam_is_greedy(make_tiny: Callable[..., VLM], draw: Draw) -> None:
 
     model = make_tiny("flamingo")
     ask = Conversation.ask([draw(1)], "what?")
-    row = model.processor.row([model.processor.tokens(ask)])
-    from vlm.generation import pictures_of
+    from vlm.generation import shown
 
     config = GenerationConfig(max_new_tokens=10)
-    request = DecodeRequest(row, model.encode(pictures_of(ask, row)), config)
+    request = DecodeRequest(*shown(model, ask), config)
     greedy = model.ask_batch([ask], max_new_tokens=10)[0]
     writer = beam_search(model, [request], config)[0]
     assert (writer.text, writer.count) == (greedy.text, greedy.usage.completion_tokens)

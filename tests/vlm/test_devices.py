@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vlm.conversation import Conversation
-from vlm.generation import pictures_of
+from vlm.generation import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -168,22 +168,22 @@ def test_the_pretence_notices(pretended: PretendedGPU) -> None:
 def test_forward_and_loss(pair: tuple[VLM, VLM], draw: Draw) -> None:
     """The fused loss takes its gradient on the way; autograd's own engine wants a real device."""
     here, there = pair
-    rows, pictures = [], []
+    rows, parts = [], []
     for ask, answer in zip(asks(draw), ("a dog", "no", "on the grass"), strict=True):
-        row = here.processor.row([here.processor.tokens(ask, answer)])
+        row, part = shown(here, ask, [answer])
         rows.append(row)
-        pictures += pictures_of(ask, row)
+        parts.append(part)
     batch = here.processor.batch(rows)
-    features = here.encode(pictures)
+    features = torch.cat(parts)
     logits = here(batch, features)
     loss, weight = here.loss(batch, features, 0.1)
     with PretendedGPU():
         move(there)
         assert there.device == GPU
-        moved, shown = batch.to(there.device), features.to(there.device)
-        torch.testing.assert_close(values(there(moved, shown)), logits, atol=1e-3, rtol=1e-3)
+        moved, seen = batch.to(there.device), features.to(there.device)
+        torch.testing.assert_close(values(there(moved, seen)), logits, atol=1e-3, rtol=1e-3)
         for there.fused_loss in (True, False):
-            other, other_weight = there.loss(moved, shown, 0.1)
+            other, other_weight = there.loss(moved, seen, 0.1)
             torch.testing.assert_close(values(other), loss.detach(), atol=1e-3, rtol=1e-3)
             assert float(other_weight) == float(weight)
 
@@ -218,8 +218,7 @@ def test_scores_and_batches_that_rows_join(pair: tuple[VLM, VLM], draw: Draw) ->
         found = there.score(asks(draw), candidates)
         batch = DecodeBatch(there)
         for ask in asks(draw):
-            row = there.processor.row([there.processor.tokens(ask)])
-            batch.add([DecodeRequest(row, there.encode(pictures_of(ask, row)))])
+            batch.add([DecodeRequest(*shown(there, ask))])
             assert len(batch.step()) == len(batch)
         batch.remove(1)
         assert {event.slot for event in batch.step()} == {0, 2}

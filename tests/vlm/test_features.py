@@ -43,12 +43,11 @@ class Counted(torch.nn.Module):
         super().__init__()
         self.inner, self.pictures = encoder, 0
         self.config, self.tokens, self.width = encoder.config, encoder.tokens, encoder.width
-        self.preprocess = encoder.preprocess
+        self.preprocess, self.labels = encoder.preprocess, encoder.labels
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.pictures += len(pixels)
-        result: torch.Tensor = self.inner(pixels)
-        return result
+        return self.inner.look(pixels)
 
 
 def pictures(draw: Draw, *seeds: int) -> list[Picture]:
@@ -118,8 +117,9 @@ def test_what_is_not_stored_is_told(encoder: Encoder, draw: Draw, tmp_path: Path
 
 def test_loud_features_stay_finite(encoder: Encoder, draw: Draw) -> None:
     class Loud(Counted):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return super().forward(pixels) * 1e9
+        def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features, scores = super().look(pixels)
+            return features * 1e9, scores
 
     values = Features(Loud(encoder), "hash")(pictures(draw, 1))  # type: ignore[arg-type]
     assert values.isfinite().all()
@@ -131,13 +131,13 @@ def test_a_models_cache(make_tiny: Callable[..., VLM], draw: Draw, tmp_path: Pat
     before = model.ask([draw(1)], "what?", max_new_tokens=6)
     model.features.cache = FeatureCache(tmp_path / "cache")
     assert model.ask([draw(1)], "what?", max_new_tokens=6).text == before.text
-    assert len(model.features.cache) == 1
+    assert len(model.features.cache) == 2  # features and scores
     assert model.ask([draw(1)], "what?", max_new_tokens=6).logprob == pytest.approx(before.logprob, abs=1e-4)
     # A second model in the same process, with the same folder.
     other = make_tiny("qformer")
     other.features.cache = FeatureCache(tmp_path / "cache")
     assert other.ask([draw(1)], "what?", max_new_tokens=2).usage.images == 1
-    assert len(other.features.cache) == 1
+    assert len(other.features.cache) == 2
 
 
 # --- the store -------------------------------------------------------------------------------------------

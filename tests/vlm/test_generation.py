@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import ConfigError, DataError, VLMError
-from vlm.generation import DecodeBatch, DecodeRequest, Writer, pictures_of, sample
+from vlm.generation import DecodeBatch, DecodeRequest, Writer, sample, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,9 +28,8 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 
 
 def request(model: VLM, ask: Conversation, **options: Any) -> DecodeRequest:
-    row = model.processor.row([model.processor.tokens(ask)])
     config = GenerationConfig(**{"max_new_tokens": 10, **options})
-    return DecodeRequest(row, model.encode(pictures_of(ask, row)), config)
+    return DecodeRequest(*shown(model, ask), config)
 
 
 def mixed(draw: Draw) -> list[Conversation]:

@@ -112,9 +112,13 @@ class Desk:
         """
         turns, urls = self._outline(messages)
         # Words first: a conversation that is too long is refused before any picture is opened.
-        row = await self.run(lambda: self._row(Conversation(tuple(b"" for _ in urls), turns), answer))
-        encoded = await self._each(urls, lambda picture: self._model.encode([picture]))
-        return Question(row, await self.run(lambda: self._stacked(encoded)))
+        conversation = Conversation(tuple(b"" for _ in urls), turns)
+        row = await self.run(lambda: self._row(conversation, answer))
+        seen = await self._each(urls, lambda picture: self._model.see([picture]))
+        hints = [hint for _, (hint,) in seen]
+        if any(hints):
+            row = await self.run(lambda: self._row(conversation, answer, hints))
+        return Question(row, await self.run(lambda: self._stacked([features for features, _ in seen])))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -178,9 +182,9 @@ class Desk:
 
         return torch.cat(list(encoded)) if encoded else self._model.encode([])
 
-    def _row(self, conversation: Conversation, answer: str | None) -> Row:
+    def _row(self, conversation: Conversation, answer: str | None, hints: Sequence[str] = ()) -> Row:
         try:
-            tokens = self._model.processor.tokens(conversation, answer)
+            tokens = self._model.processor.tokens(conversation, answer, hints)
         except DataError as error:
             raise _bad(str(error), "context_length_exceeded") from None
         if len(tokens) >= self._settings.context:

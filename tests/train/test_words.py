@@ -1,0 +1,160 @@
+"""The stage of words, and what a run tells of the encoder's labels."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from vlm.config import CAPTION_PROMPT, HintsConfig
+from vlm.conversation import Conversation
+from vlm.data.collate import Group, Pair
+from vlm.data.example import Example
+from vlm.errors import DataError
+from vlm.train.config import HintsTraining, WordsConfig
+
+if TYPE_CHECKING:
+    from vlm.train.config import TrainConfig
+    from vlm.train.loop import Step, Trainer
+
+Recipe = Callable[..., "TrainConfig"]
+TrainerOf = Callable[["TrainConfig"], "tuple[Trainer, list[Step]]"]
+
+
+def captioned(name: str, *captions: str) -> Group:
+    turns = Conversation.ask([name], CAPTION_PROMPT).turns
+    example = Example(images=(name,), turns=turns, answers=captions, id=name)
+    return Group(name, (name,), [[Pair(example, text, 1.0) for text in captions]], (5,))
+
+
+def test_targets_are_shares_of_the_captions() -> None:
+    from vlm.train.words import WordTargets
+
+    groups = [captioned("a", "a dog runs", "the dog sits"), captioned("b", "a cat sits", "a cat's ear")]
+    targets = WordTargets(groups, rarest=1)
+    assert targets.words == ["cat", "cat's", "dog", "ear", "runs", "sits"]
+    assert targets("a").tolist() == [0, 0, 1, 0, 0.5, 0.5]
+    assert targets("b").tolist() == [0.5, 0.5, 0, 0.5, 0, 0.5]
+    assert WordTargets(groups, rarest=2).words == ["sits"]
+    with pytest.raises(DataError, match=r"words\.steps"):
+        WordTargets(groups, rarest=3)
+
+
+def test_an_untaught_head_says_how_common_words_are() -> None:
+    from vlm.train.words import WordHead
+
+    frequency = torch.tensor([0.5, 0.1, 0.001])
+    head = WordHead(8, 4, frequency)
+    said = head(torch.zeros(2, 4, 8)).sigmoid()
+    torch.testing.assert_close(said, frequency.expand(2, 3), atol=0.05, rtol=0.3)
+
+
+def words_trainer(config: TrainConfig, trainer_of: TrainerOf) -> tuple[Any, list[Step]]:
+    from vlm.train.words import WordTrainer
+
+    plain, steps = trainer_of(config)
+    return WordTrainer(plain.model, config, plain.groups, plain.store, steps.append, plain.accelerator), steps
+
+
+@pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
+def test_words_are_learnt_and_the_rest_stays(adapter: str, recipe: Recipe, trainer_of: TrainerOf) -> None:
+    config = recipe(adapter, objective="words", steps=150, words=WordsConfig(rarest=1))
+    config = replace(config, optim=replace(config.optim, lr=2e-2))
+    trainer, steps = words_trainer(config, trainer_of)
+    before = {name: value.clone() for name, value in trainer.adapter.state_dict().items()}
+    trainer.learn(save=False)
+    assert steps[-1].loss < 0.97 * steps[0].loss
+    moved = {n for n, value in trainer.adapter.state_dict().items() if not torch.equal(value, before[n])}
+    assert moved
+    if adapter == "flamingo":
+        assert all(name.startswith("resampler.") for name in moved)
+
+
+def test_a_killed_run_of_words_goes_on_exactly(recipe: Recipe, trainer_of: TrainerOf, tmp_path: Path) -> None:
+    config = recipe(objective="words", steps=6, words=WordsConfig(rarest=1))
+    whole, steps = words_trainer(replace(config, out=str(tmp_path / "whole")), trainer_of)
+    whole.learn(save=False)
+    first, some = words_trainer(config, trainer_of)
+    first.report = lambda step: (some.append(step), first.stop() if step.step == 3 else None)  # type: ignore[func-returns-value]
+    first.learn()
+    second, rest = words_trainer(config, trainer_of)
+    second.resume()
+    second.learn(save=False)
+    assert [s.loss for s in some + rest] == [s.loss for s in steps]
+
+
+def test_one_command_teaches_words_and_then_sentences(recipe: Recipe, capsys: Any) -> None:
+    from vlm.checkpoint import load_model
+    from vlm.train.run import train
+
+    config = recipe(words=WordsConfig(steps=3, batch=4, rarest=1), steps=2)
+    assert train(config, offline=True)
+    out = Path(config.out)
+    assert len((out / "words" / "log.jsonl").read_text().splitlines()) == 3
+    assert json.loads((out / "words" / "run.json").read_text())["recipe"]["objective"] == "words"
+    taught, final = load_model(out / "words", offline=True), load_model(out, offline=True)
+    # Two gentle steps from what was taught, not from fresh weights.
+    start = taught.adapter.state_dict()["resampler.latents"]
+    torch.testing.assert_close(final.adapter.state_dict()["resampler.latents"], start, atol=0.02, rtol=0.02)
+    assert train(config, offline=True)  # a whole run is not begun again
+    assert len((out / "words" / "log.jsonl").read_text().splitlines()) == 3
+
+
+# --- hints --------------------------------------------------------------------------------------------
+
+
+class Labels:
+    """A store whose classifier calls every picture by its group's name."""
+
+    def labels(self, group: Group, view: str) -> list[list[tuple[str, float]]]:
+        return [[(group.id, 0.9)] for _ in group.images]
+
+
+def test_hints_are_dropped_and_swapped_as_often_as_the_recipe_says(recipe: Recipe) -> None:
+    from vlm.train.hints import drawn_hints
+
+    config = replace(recipe(), hints=HintsTraining(drop=0.2, swap=0.1))
+    groups = [captioned(f"thing{i}", "a thing") for i in range(1000)]
+    found: Counter[str] = Counter()
+    for group in groups:
+        (hint,) = drawn_hints(group, "whole", 0, groups, Labels(), config)  # type: ignore[arg-type]
+        found["none" if not hint else "own" if f"{group.id}." in hint else "other"] += 1
+        again = drawn_hints(group, "whole", 0, groups, Labels(), config)  # type: ignore[arg-type]
+        assert again == [hint]
+    assert 150 < found["none"] < 250
+    assert 60 < found["other"] < 140
+
+
+def test_naming_questions_ask_what_the_classifier_is_sure_of(recipe: Recipe) -> None:
+    from vlm.train.hints import NAMING, naming
+
+    config = replace(recipe(), hints=HintsTraining(naming=1.0, sure=0.5))
+    processor = SimpleNamespace(tokens=lambda asked, answer, hints: (asked.turns[-1].text, answer, hints))
+    (((question, answer, hints), weight),) = naming(
+        captioned("espresso", "x"), "whole", 0, ["h"], Labels(), processor, config  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (question in NAMING, answer, hints, weight) == (True, "an espresso", ["h"], 1.0)
+    for off in (HintsTraining(naming=0.0), HintsTraining(naming=1.0, sure=0.95)):
+        none = naming(
+            captioned("cup", "x"), "whole", 0, [""], Labels(), processor, replace(config, hints=off)
+        )  # type: ignore[arg-type]
+        assert none == []
+
+
+def test_a_run_with_hints(recipe: Recipe, losses_of: Callable[[TrainConfig], list[float]]) -> None:
+    config = recipe()
+    config = replace(
+        config,
+        model=replace(config.model, hints=HintsConfig(count=2, least=0.0)),
+        hints=HintsTraining(drop=0.2, swap=0.2, naming=1.0, sure=0.0),
+    )
+    with_hints = losses_of(config)
+    assert with_hints == losses_of(config)
+    assert with_hints != losses_of(recipe())
