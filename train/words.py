@@ -21,12 +21,11 @@ from vlm.errors import DataError
 from vlm.train.loop import Part, Trainer
 from vlm.train.selfcritical import caption_references
 
-SMALL = frozenset(
-    (
-        "a an and are as at be by for from has have her his in into is it its of on or that the their them "
-        "there these they this to up while who with"
-    ).split()
+_SMALL = (
+    "a an and are as at be by for from has have her his in into is it its of on or that the their them there "
+    "these they this to up while who with"
 )
+SMALL = frozenset(_SMALL.split())
 """Words that say nothing of a picture."""
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
