@@ -55,7 +55,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class WordsConfig:
-    """A first stage in which the adapter's image side learns the captions' words (`objective: words`)."""
+    """A first stage in which the adapter's image side learns the answers' words (`objective: words`)."""
 
     steps: int = 0
     """Its steps; 0: none."""
@@ -64,7 +64,7 @@ class WordsConfig:
     warmup: int = 50
     """Steps of linear warm-up; the rate is the main stage's, and falls to the end."""
     rarest: int = 8
-    """Pictures that a word must stand in the captions of, to be learnt."""
+    """Pictures that a word must be said of, to be learnt."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TrainConfig:
     """Pictures a forward pass; 0: as many of the batch as memory holds."""
     objective: str = "likelihood"
     """`likelihood`; `cider`: besides the sources' answers, captions sampled and rewarded by CIDEr; `words`:
-    the captions' words alone, learnt without the language model."""
+    the answers' words alone, learnt without the language model."""
     words: WordsConfig = field(default_factory=WordsConfig)
     samples: int = 5
     """Captions sampled a picture, where the objective is `cider`."""

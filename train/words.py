@@ -1,4 +1,4 @@
-"""Words before sentences: the image side of an adapter learns which words a picture's captions hold.
+"""Words before sentences: the image side of an adapter learns which words are said of a picture.
 
 A language model of ten times the cost need not be there for that. What it has learnt, the latents show at
 once when sentences begin, as BLIP-2's Q-Former is taught before it meets its language model (Li et al.
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.config import CAPTION_PROMPT
 from vlm.data.collate import Group
 from vlm.errors import DataError
 from vlm.train.loop import Part, Trainer
-from vlm.train.selfcritical import caption_references
 
 _SMALL = (
     "a an and are as at be by for from has have her his in into is it its of on or that the their them there "
-    "these they this to up while who with"
+    "these they this to up while who with yes no"
 )
 SMALL = frozenset(_SMALL.split())
 """Words that say nothing of a picture."""
@@ -47,26 +47,23 @@ class WordHead(nn.Module):
 
 
 class WordTargets:
-    """How many of a picture's captions hold each word, as a share.
+    """How many of a picture's captions hold each word, as a share; 1 for what a question is answered with.
 
     Raises:
-        DataError: the captions share no words.
+        DataError: the pictures share no words.
     """
 
     def __init__(self, groups: Sequence[Group], rarest: int) -> None:
-        captions = {
-            name: [set(_WORD.findall(text.lower())) - SMALL for text in texts]
-            for name, texts in caption_references(groups).items()
-        }
-        found = Counter(word for sets in captions.values() for word in set().union(*sets))
+        shares = {group.id: said for group in groups if (said := word_shares(group))}
+        found = Counter(word for said in shares.values() for word in said)
         self.words = sorted(word for word, count in found.items() if count >= rarest)
         if not self.words:
-            raise DataError(f"no word stands in the captions of {rarest} pictures: leave words.steps at 0")
+            raise DataError(f"no word is said of {rarest} pictures: leave words.steps at 0")
         number = {word: i for i, word in enumerate(self.words)}
         self._of: dict[str, tuple[list[int], list[float]]] = {}
-        for name, sets in captions.items():
-            counts = Counter(number[word] for words in sets for word in words if word in number)
-            self._of[name] = list(counts), [count / len(sets) for count in counts.values()]
+        for name, said in shares.items():
+            known = {number[word]: share for word, share in said.items() if word in number}
+            self._of[name] = list(known), list(known.values())
         total = sum((self(name) for name in self._of), torch.zeros(len(self.words)))
         self.frequency = (total / len(self._of)).clamp(1e-4, 1 - 1e-4)
 
@@ -74,11 +71,26 @@ class WordTargets:
         return name in self._of
 
     def __call__(self, name: str) -> Tensor:
-        """(V,) shares of the captions of a group."""
+        """(V,) how much each word is said of a group."""
         places, shares = self._of[name]
         target = torch.zeros(len(self.words))
         target[places] = torch.tensor(shares)
         return target
+
+
+def word_shares(group: Group) -> dict[str, float]:
+    """The words said of a group, each with the share of its captions that hold it."""
+    captions: list[set[str]] = []
+    answers: set[str] = set()
+    for pairs in group.by_source:
+        for pair in pairs:
+            words = set(_WORD.findall(pair.answer.lower())) - SMALL
+            if pair.example.turns[-1].text == CAPTION_PROMPT:
+                captions.append(words)
+            else:
+                answers |= words
+    counts = Counter(word for words in captions for word in words)
+    return {word: count / len(captions) for word, count in counts.items()} | dict.fromkeys(answers, 1.0)
 
 
 class WordTrainer(Trainer):

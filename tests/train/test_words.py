@@ -47,6 +47,17 @@ def test_targets_are_shares_of_the_captions() -> None:
         WordTargets(groups, rarest=3)
 
 
+def test_answers_to_questions_count_in_full() -> None:
+    from vlm.train.words import word_shares
+
+    group = captioned("a", "a dog runs", "a dog sits", "a cat", "it sits")
+    for question, answer in (("Is it red?", "no"), ("What color is it?", "light blue"), ("Who?", "a cat")):
+        turns = Conversation.ask(["a"], question).turns
+        example = Example(images=("a",), turns=turns, answers=(answer,), id=question)
+        group.by_source.append([Pair(example, answer, 1.0)])
+    assert word_shares(group) == {"dog": 0.5, "runs": 0.25, "sits": 0.5, "cat": 1.0, "light": 1.0, "blue": 1.0}
+
+
 def test_an_untaught_head_says_how_common_words_are() -> None:
     from vlm.train.words import WordHead
 
