@@ -12,7 +12,7 @@ import binascii
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +21,7 @@ from PIL import Image
 
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import DataError
+from vlm.features import SCORES
 from vlm.images import ImageError, Limits, Picture, open_picture
 from vlm.serve.errors import APIError
 from vlm.serve.fetch import FetchDoor
@@ -41,10 +42,14 @@ _DATA = re.compile(r"data:(?:[a-z]+/[a-z0-9.+-]+)?(?:;[a-z0-9-]+=[a-z0-9.-]+)*;b
 
 
 class MemoryCache:
-    """Features by key, the least recently used out first, over a cache on disk where there is one."""
+    """Features and label scores by key, the least recently used out first, over a cache on disk if any.
+
+    Args:
+        entries: pictures that are kept; each may have two arrays.
+    """
 
     def __init__(self, entries: int, metrics: Metrics, below: FeatureCache | None = None) -> None:
-        self._entries = entries
+        self._entries = 2 * entries
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._below = below
@@ -54,25 +59,28 @@ class MemoryCache:
         return len(self._kept)
 
     def get(self, key: str) -> np.ndarray | None:
-        """The features under a key, (N, D_v) float16, or None."""
+        """The array under a key, or None."""
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
                 self._kept.move_to_end(key)
         if found is not None:
-            self._metrics.pictures.labels("memory").inc()
+            self._count("memory", [key])
             return found
         if self._below is not None and (found := self._below.get(key)) is not None:
-            self._metrics.pictures.labels("disk").inc()
+            self._count("disk", [key])
             self._keep({key: found})
         return found
 
     def put(self, arrays: dict[str, np.ndarray]) -> None:
-        """Keep freshly computed features."""
-        self._metrics.pictures.labels("encoder").inc(len(arrays))
+        """Keep what was freshly computed."""
+        self._count("encoder", arrays)
         self._keep(arrays)
         if self._below is not None:
             self._below.put(arrays)
+
+    def _count(self, source: str, keys: Iterable[str]) -> None:
+        self._metrics.pictures.labels(source).inc(sum(not key.endswith(SCORES) for key in keys))
 
     def _keep(self, arrays: dict[str, np.ndarray]) -> None:
         with self._lock:
