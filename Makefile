@@ -2,17 +2,15 @@
 # make test    every test
 # make lint    style and types
 # make bench   speed and memory, measured
-# make model   train the adapter that ships, from its recipe
+# make model   train the adapter that ships, from its recipes
 # make clean   remove what the above have built (not the weights cache, not runs/)
 #
-# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it; `make model` takes
-# RECIPE=name and DATA=folder.
+# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it; `make model` takes DATA=folder.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-RECIPE ?= flickr8k-flamingo
 DATA ?= ../shared/datasets/flickr8k
 
 TORCH := torch==2.14.1 torchvision==0.29.1
@@ -42,7 +40,8 @@ bench: $(VENV)/.all $(VENV)/.weights
 	$(BIN)/vlm bench serve speedup
 
 model: $(VENV)/.weights
-	$(BIN)/vlm train $(RECIPE) data=$(DATA) out=runs/$(RECIPE)
+	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/flamingo
+	$(BIN)/vlm train flickr8k-cider data=$(DATA) start=runs/flamingo out=runs/default
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
