@@ -1,8 +1,9 @@
-"""`vlm data`: convert public sets, check any source, make questions from captions.
+"""`vlm data`: convert public sets, check any source, make questions from captions, remember pictures.
 
 vlm data check FOLDER
 vlm data convert flickr8k SRC DST
 vlm data questions SRC DST
+vlm data remember SRC MEMORY
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vlm.data.check import CheckReport, PartReport, Progress
 from vlm.data.convert.write import ABOUT, write_dataset
@@ -20,7 +22,7 @@ from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
 from vlm.errors import DataError, VLMError
-from vlm.options import make_parser, offline_from_environment
+from vlm.options import add_common, apply_common, make_parser, offline_from_environment
 
 SHOWN = 10
 # Sets without a dev part of their own: theirs is set aside from the training part by picture.
@@ -171,8 +173,43 @@ def _questions(args: argparse.Namespace) -> int:
     return 0
 
 
+def _remember(args: argparse.Namespace) -> int:
+    apply_common(args)
+    from vlm.data.remember import adapter_features, remember
+    from vlm.weights_cache import cache_root
+
+    cache = args.feature_cache or cache_root() / "features"
+    features = adapter_features(args.adapter, offline=args.offline, device=args.device, cache=cache)
+    done = remember(
+        args.source, args.memory, features, split=args.split, count=args.count, least=args.least,
+        progress=_progress(),
+    )  # fmt: skip
+    for problem in done.bad:
+        print(f"error: {problem}", file=sys.stderr)
+    captions = sum(map(len, done.memory.captions.values()))
+    print(f"{args.memory}: {len(done.memory)} pictures ({done.new} of them new), {captions} captions")
+    return 1 if done.bad else 0
+
+
+def _remember_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "remember", allow_abbrev=False, help="captioned pictures -> a memory for --memory, without training"
+    )
+    parser.add_argument("source", help="a captioned source, as for check")
+    parser.add_argument("memory", type=Path, metavar="MEMORY", help="a folder; what it holds is added to")
+    parser.add_argument("--split", default="train", help="part of the source (default: train)")
+    parser.add_argument(
+        "--adapter", default="default", metavar="ID|DIR", help="whose encoder sees the pictures"
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="pictures that are told of (default: 3)")
+    parser.add_argument("--least", type=float, metavar="X", help="least cosine of those (default: 0.65)")
+    parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="default: the one of training")
+    add_common(parser)
+    parser.set_defaults(run=_remember)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("vlm data", "Convert, check and question data sets.")
+    parser = make_parser("vlm data", "Convert, check, question and remember data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check", allow_abbrev=False, help="decode everything, count problems, find duplicates and leaks"
@@ -207,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="chooses among the possible questions (default: 0)"
     )
     questions.set_defaults(run=_questions)
+    _remember_parser(commands)
     return parser
 
 

@@ -45,6 +45,9 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--feature-cache", type=Path, default=None, metavar="DIR", help="keep the pictures' features here"
     )
     parser.add_argument(
+        "--memory", type=Path, default=None, metavar="DIR", help="tell of remembered pictures like these"
+    )
+    parser.add_argument(
         "--allow-different-frozen", action="store_true", help="go on when the frozen weights are others"
     )
     add_common(parser)
@@ -71,6 +74,7 @@ def _load(args: argparse.Namespace) -> tuple[VLM, float]:
             offline=args.offline,
             allow_different_frozen=args.allow_different_frozen,
             feature_cache=args.feature_cache,
+            memory=args.memory,
         )
     finally:
         gc.enable()

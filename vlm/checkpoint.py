@@ -29,6 +29,7 @@ from vlm.vision import load_encoder
 from vlm.weights import resolve
 
 FORMAT = 1
+FROZEN = ("encoder", "language_model")
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -74,6 +75,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def model_config(folder: Path, values: Mapping[str, Any]) -> ModelConfig:
+    """What the `config.json` of a folder says of the model.
+
+    Raises:
+        WeightsError: a key is missing, unknown or of the wrong type.
+    """
+    try:
+        return from_dict(ModelConfig, values["model"])
+    except (KeyError, ConfigError) as problem:
+        raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
+
+
 def save_adapter(
     model: VLM, folder: Path, *, card: str = "", tensors: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -94,7 +107,7 @@ def save_adapter(
         "version": __version__,
         "model": to_dict(model.config),
         "features": {"tokens": model.encoder.tokens, "width": model.encoder.width},
-        "hashes": {k: v for k, v in model.hashes.items() if k != "adapter"},
+        "hashes": {part: model.hashes[part] for part in FROZEN if part in model.hashes},
     }
     files = {
         "adapter.safetensors": save(state, metadata={"format": "pt"}),
@@ -197,10 +210,7 @@ def load_model(
     """A whole model from an adapter; see `VLM.from_pretrained`."""
     folder = adapter_folder(adapter, offline=offline)
     values = read_config(folder)
-    try:
-        config = from_dict(ModelConfig, values["model"])
-    except (KeyError, ConfigError) as problem:
-        raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
+    config = model_config(folder, values)
     model = build_model(config, device=device, dtype=dtype, offline=offline)
     _check_frozen(model, values["hashes"], folder, allow_different_frozen)
     load_adapter(model, folder)

@@ -118,6 +118,19 @@ class HintsConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What a memory of pictures tells: captions of those most like the picture asked about."""
+
+    count: int = 3
+    """At most this many remembered pictures are told of, one caption each."""
+    least: float = 0.65
+    """Pictures less like it than this cosine stay untold (one pair in a hundred of Flickr8k is above)."""
+
+    def __post_init__(self) -> None:
+        _check("memory.", count=self.count >= 1, least=-1 <= self.least <= 1)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model: which frozen parts, and which adapter joins them."""
 

@@ -215,7 +215,7 @@ class Features:
     """Pictures -> features, through a cache where there is one."""
 
     def __init__(self, encoder: Encoder, encoder_hash: str, cache: FeatureCache | None = None) -> None:
-        self.encoder, self.cache = encoder, cache
+        self.encoder, self.encoder_hash, self.cache = encoder, encoder_hash, cache
         self._prefix = json.dumps([FORMAT, encoder_hash, to_dict(encoder.config)], sort_keys=True)
 
     def key(self, picture: Picture, view: str = "whole") -> str:

@@ -1,4 +1,4 @@
-"""The encoder's own words: labels that its frozen classifier is confident of, as text for the language model.
+"""What is told of a picture in words: the encoder's labels, and captions of remembered pictures like it.
 
 A classifier knows kinds of things that no caption of a small training set ever names. Its labels stand
 behind their image, and training drops and swaps some of them, so that they are believed only as far as
@@ -35,3 +35,13 @@ def likely_labels(
 def hint_text(names: Sequence[str]) -> str:
     """How labels are told; nothing for none."""
     return f"Perhaps {', '.join(names)}.\n" if names else ""
+
+
+def memory_text(captions: Sequence[str]) -> str:
+    """How captions of like pictures are told; nothing for none."""
+    return f"Similar pictures show: {'; '.join(captions)}.\n" if captions else ""
+
+
+def told_text(names: Sequence[str], captions: Sequence[str] = ()) -> str:
+    """Everything that is told of one picture, behind it: its labels, then what is remembered."""
+    return hint_text(names) + memory_text(captions)

@@ -21,10 +21,11 @@ from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig, from_dict
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features
-from vlm.hints import hint_text, likely_labels
+from vlm.hints import likely_labels, told_text
 from vlm.images import Picture
 from vlm.language import LanguageModel
 from vlm.losses import cross_entropy, frozen_head_cross_entropy
+from vlm.memory import Memory
 from vlm.processor import Batch, Processor
 from vlm.vision import Encoder
 
@@ -40,8 +41,9 @@ class VLM(nn.Module):
     Shapes: B rows, T tokens, I images in a batch, N encoder tokens, D_v encoder width, D language width.
 
     Attributes:
-        hashes: SHA-256 of the frozen encoder, the frozen language model and the adapter.
+        hashes: SHA-256 of the frozen encoder, the frozen language model, the adapter and the memory.
         adapter_name: the id or folder that the adapter was loaded from.
+        memory: the pictures that it remembers, or None; see `remember`.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class VLM(nn.Module):
         self.hashes = dict(hashes or {})
         self.adapter_name = adapter_name
         self.features = Features(encoder, self.hashes.get("encoder", ""), feature_cache)
+        self.memory: Memory | None = None
         self.fused_loss = True
 
     @classmethod
@@ -78,6 +81,7 @@ class VLM(nn.Module):
         offline: bool = False,
         allow_different_frozen: bool = False,
         feature_cache: Path | None = None,
+        memory: Path | None = None,
     ) -> VLM:
         """Loads an adapter (a shipped id, a folder or a hub id) and the frozen parts it was trained with.
 
@@ -85,9 +89,11 @@ class VLM(nn.Module):
             dtype: of the frozen parts; the adapter always computes in float32 on the CPU.
             allow_different_frozen: go on, with a warning, when the frozen weights' hashes differ.
             feature_cache: folder of a feature cache to read and fill; None keeps no features on disk.
+            memory: folder of remembered pictures (`vlm data remember`), whose captions are told.
 
         Raises:
             WeightsError: something is missing, damaged or not what the adapter was trained with.
+            DataError: the memory is missing, damaged or another encoder's.
         """
         from vlm.checkpoint import load_model
 
@@ -100,6 +106,8 @@ class VLM(nn.Module):
         )
         if feature_cache is not None:
             model.features.cache = FeatureCache(feature_cache)
+        if memory is not None:
+            model.remember(memory)
         return model
 
     @property
@@ -171,10 +179,30 @@ class VLM(nn.Module):
         return self.features(pictures, view).to(self.device)
 
     def see(self, pictures: Sequence[Picture], view: str = "whole") -> tuple[Tensor, list[str]]:
-        """(I, N, D_v) float32 features, and a hint for each picture (empty ones where hints are off)."""
+        """(I, N, D_v) float32 features, and what is told of each picture (nothing where hints are off)."""
         seen = self.features.see(pictures, view, scored=self.config.hints.count > 0)
-        told = likely_labels(seen.scores, self.encoder.labels, self.config.hints)
-        return seen.features.to(self.device), [hint_text([name for name, _ in names]) for names in told]
+        labels = likely_labels(seen.scores, self.encoder.labels, self.config.hints)
+        recalled: list[list[tuple[str, float]]] = [[] for _ in pictures]
+        if self.memory is not None:
+            recalled = self.memory.recall(seen.features, [picture.sha256 for picture in pictures])
+        told = [
+            told_text([name for name, _ in names], [caption for caption, _ in captions])
+            for names, captions in zip(labels, recalled, strict=True)
+        ]
+        return seen.features.to(self.device), told
+
+    def remember(self, folder: Path, *, itself: bool = True) -> None:
+        """From now on every picture is told of with captions of the remembered pictures most like it.
+
+        Args:
+            folder: made by `vlm data remember`.
+            itself: whether a remembered picture may be told its own captions.
+
+        Raises:
+            DataError: the memory is missing, damaged or another encoder's.
+        """
+        self.memory = Memory.load(folder, self.features, itself=itself)
+        self.hashes["memory"] = self.memory.digest
 
     def blank_image(self) -> Image.Image:
         """A picture whose every pixel is the encoder's mean: what the model sees of nothing."""

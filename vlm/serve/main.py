@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
         model = VLM.from_pretrained(
             args.adapter, device=args.device, dtype=args.dtype, offline=args.offline,
             allow_different_frozen=args.allow_different_frozen, feature_cache=args.feature_cache,
+            memory=args.memory,
         )  # fmt: skip
         app = build(model, settings, keys, model_id=args.name or _name(args.adapter))
         return run(app, settings, listener)
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-image-host", action="append", default=[], metavar="HOST",
                         help="fetch https pictures from this host (repeatable)")  # fmt: skip
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep pictures' features on disk")
+    parser.add_argument("--memory", type=Path, metavar="DIR", help="tell of remembered pictures like these")
     parser.add_argument("--feedback", type=Path, metavar="DB", help="collect opinions in this SQLite file")
     parser.add_argument("--slots", type=int, default=16, help="answers decoded side by side (default: 16)")
     parser.add_argument("--queue", type=int, default=64, help="answers that may wait (default: 64)")
