@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+CANNOT_TELL = "I can't tell from this picture"
+
+
+def confidence(logprob: float, tokens: int) -> float:
+    """0 to 1: an answer's probability per token (geometric mean), so that long answers compare with short."""
+    return math.exp(min(0.0, logprob / max(1, tokens)))
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,12 @@ class Answer:
         seconds: wall-clock seconds by stage (`encode`, `decode`), shared by the batch it was part of.
         logprob: natural-log probability of the whole answer and its end, given the prompt.
         tokens: the answer's tokens; the end is not among them.
+        margin: how near another answer was, in natural-log probability. Greedy decoding: the smallest gap
+            between a token that was written and the next likeliest. Beams: the smallest gap between the last
+            hypothesis that was kept and the first that was dropped (and between the two best at the end),
+            also where neither leads to the answer. None where nothing was compared (sampling). Below about
+            1e-3 the last bits decide, and another batch size may give another answer.
+        abstained: whether the text is `CANNOT_TELL` in place of what the model was too unsure of.
     """
 
     text: str
@@ -47,3 +60,10 @@ class Answer:
     logprob: float
     adapter: str
     tokens: tuple[TokenLogprob, ...] = ()
+    margin: float | None = None
+    abstained: bool = False
+
+    @property
+    def confidence(self) -> float:
+        """How probable each token of this answer was to the model, its end included (geometric mean)."""
+        return confidence(self.logprob, self.usage.completion_tokens)

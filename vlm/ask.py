@@ -50,6 +50,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-different-frozen", action="store_true", help="go on when the frozen weights are others"
     )
+    parser.set_defaults(abstain=False)
     add_common(parser)
     return parser
 
@@ -111,6 +112,9 @@ def ask_main(argv: Sequence[str]) -> int:
         "--out", type=Path, default=None, metavar="FILE.csv", help="ask it of every picture of a folder"
     )
     parser.add_argument("--json", action="store_true", help="print the answer with its usage and times")
+    parser.add_argument(
+        "--abstain", action="store_true", help="say that one can't tell rather than an unsure answer"
+    )
     args = _parse(parser, argv)
     if not args.question.strip():
         parser.error("the question is empty")
@@ -122,6 +126,8 @@ def ask_main(argv: Sequence[str]) -> int:
     check_pictures(args.images)
     model, loaded = _load(args)
     answer = model.ask(args.images, args.question, **_generation(args))
+    if args.abstain:
+        answer = model.unless_unsure(answer)
     print(json.dumps(answer_json(answer, loaded)) if args.json else answer.text)
     return 0
 
@@ -193,6 +199,8 @@ def answer_json(answer: Answer, loaded: float) -> dict[str, Any]:
         },
         "seconds": {"load": round(loaded, 3), **{k: round(v, 3) for k, v in answer.seconds.items()}},
         "logprob": round(answer.logprob, 4),
+        "confidence": round(answer.confidence, 4),
+        "abstained": answer.abstained,
         "adapter": answer.adapter,
     }
 
@@ -241,6 +249,8 @@ def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, col
             if "question" in columns:
                 asked = [Conversation.ask([picture], question) for picture in good]
                 answers = model.ask_batch(asked, **_generation(args))
+                if args.abstain:
+                    answers = list(map(model.unless_unsure, answers))
             else:
                 answers = model.caption(good, **_generation(args))
             for picture, answer in zip(good, answers, strict=True):

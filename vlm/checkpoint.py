@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlm import __version__
 from vlm.adapters import build_adapter
-from vlm.config import ModelConfig, from_dict, to_dict
+from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
 from vlm.model import VLM
@@ -85,6 +85,30 @@ def model_config(folder: Path, values: Mapping[str, Any]) -> ModelConfig:
         return from_dict(ModelConfig, values["model"])
     except (KeyError, ConfigError) as problem:
         raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
+
+
+def abstain_config(folder: Path, values: Mapping[str, Any]) -> AbstainConfig | None:
+    """When the adapter abstains, or None where nobody has fitted it.
+
+    Raises:
+        WeightsError: a key is missing, unknown or of the wrong type.
+    """
+    if "abstain" not in values:
+        return None
+    try:
+        return from_dict(AbstainConfig, values["abstain"])
+    except (TypeError, ConfigError) as problem:
+        raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
+
+
+def save_abstain(folder: Path, fitted: AbstainConfig) -> None:
+    """Writes into an adapter's `config.json` when it abstains; the rest stays as it is.
+
+    Raises:
+        WeightsError: the file cannot be read or written.
+    """
+    config = read_config(folder) | {"abstain": to_dict(fitted)}
+    replace_files(folder, {"config.json": (json.dumps(config, indent=2) + "\n").encode()})
 
 
 def save_adapter(
@@ -211,10 +235,11 @@ def load_model(
     folder = adapter_folder(adapter, offline=offline)
     values = read_config(folder)
     config = model_config(folder, values)
+    abstain = abstain_config(folder, values)
     model = build_model(config, device=device, dtype=dtype, offline=offline)
     _check_frozen(model, values["hashes"], folder, allow_different_frozen)
     load_adapter(model, folder)
-    model.adapter_name = str(adapter)
+    model.adapter_name, model.abstain = str(adapter), abstain
     return model
 
 

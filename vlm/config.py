@@ -131,6 +131,27 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class AbstainConfig:
+    """When an adapter says that it cannot tell: below a confidence that `vlm eval calibrate` has fitted."""
+
+    threshold: float
+    """Answers of less confidence are not given."""
+    task: str
+    """What it was fitted on: the task,"""
+    split: str
+    """its split,"""
+    target: float
+    """and the accuracy (0 to 1) that the answers given were to have."""
+    accuracy: float = 0.0
+    """The accuracy that they had there."""
+    coverage: float = 1.0
+    """The share of questions that were answered there."""
+
+    def __post_init__(self) -> None:
+        _check("abstain.", threshold=0 <= self.threshold <= 1, target=0 < self.target <= 1)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model: which frozen parts, and which adapter joins them."""
 

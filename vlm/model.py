@@ -8,6 +8,7 @@ print(model.ask(["cat.jpg"], "What animal is this?").text)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm.adapters import Adapter, Conditioning
-from vlm.answer import Answer
-from vlm.config import CAPTION_PROMPT, GenerationConfig, ModelConfig, from_dict
+from vlm.answer import CANNOT_TELL, Answer
+from vlm.config import CAPTION_PROMPT, AbstainConfig, GenerationConfig, ModelConfig, from_dict
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features
@@ -44,6 +45,7 @@ class VLM(nn.Module):
         hashes: SHA-256 of the frozen encoder, the frozen language model, the adapter and the memory.
         adapter_name: the id or folder that the adapter was loaded from.
         memory: the pictures that it remembers, or None; see `remember`.
+        abstain: below which confidence it cannot tell, or None where that was never fitted.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class VLM(nn.Module):
         self.adapter_name = adapter_name
         self.features = Features(encoder, self.hashes.get("encoder", ""), feature_cache)
         self.memory: Memory | None = None
+        self.abstain: AbstainConfig | None = None
         self.fused_loss = True
 
     @classmethod
@@ -233,6 +236,21 @@ class VLM(nn.Module):
         if "num_beams" not in generation and not generation.get("temperature"):
             generation["num_beams"] = CAPTION_BEAMS
         return self.ask_batch([Conversation.ask([image], CAPTION_PROMPT) for image in images], **generation)
+
+    def unless_unsure(self, answer: Answer) -> Answer:
+        """The answer, or, where its confidence is below the adapter's threshold, that one can't tell.
+
+        Raises:
+            ConfigError: nobody has fitted a threshold.
+        """
+        if self.abstain is None:
+            raise ConfigError(
+                f"{self.adapter_name} has no threshold to abstain by: run `vlm eval TASK --adapter DIR --out "
+                f"REPORT.json`, then `vlm eval calibrate REPORT.json --target 0.8`"
+            )
+        if answer.confidence >= self.abstain.threshold:
+            return answer
+        return replace(answer, text=CANNOT_TELL, abstained=True)
 
     def stream(self, conversation: Conversation, **generation: Any) -> Iterator[str]:
         """The answer's text, piece by piece as it is decoded."""

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Draw = Callable[..., Any]
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[2]
-ANSWER_KEYS = {"answer", "finish_reason", "usage", "seconds", "logprob", "adapter"}
+ANSWER_KEYS = {
+    "answer", "finish_reason", "usage", "seconds", "logprob", "confidence", "abstained", "adapter",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
