@@ -7,8 +7,7 @@ at most 1,024 pixels a side, once each. `export` writes what `vlm train prefer` 
      "turns": [{"role": "user", "parts": [{"image": 0}, {"text": "What is this?"}]}],
      "chosen": "a cat", "rejected": "a dog"}
 
-A correction makes a pair (the correction before the answer); thumbs make one only where an answer that was
-liked and one that was not stand for the same conversation. The rest is counted as unused.
+What makes a pair is said in `vlm.preferences`; the rest is counted as unused.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import io
 import json
 import sqlite3
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from PIL import Image
 
 from vlm.conversation import Conversation, ImageSlot
 from vlm.errors import DataError, VLMError
+from vlm.preferences import OPINIONS, PICTURE, make_pairs
 
 _SIDE = 1024
 _SCHEMA = """
@@ -127,21 +126,18 @@ class FeedbackStore:
             DataError: the folder cannot be written.
         """
         with self._open() as db:
-            rows = db.execute(
-                "SELECT id, conversation, answer, verdict, correction FROM feedback ORDER BY id"
-            ).fetchall()
-            pairs, used = _pairs(rows)
+            pairs, unused = make_pairs(db.execute(OPINIONS).fetchall())
             wanted = sorted({name for pair in pairs for name in pair["images"]})
             try:
                 (folder / "images").mkdir(parents=True, exist_ok=True)
                 for name in wanted:
-                    found = db.execute("SELECT jpeg FROM pictures WHERE sha256 = ?", (name,)).fetchone()
+                    found = db.execute(PICTURE, (name,)).fetchone()
                     (folder / "images" / f"{name}.jpg").write_bytes(found[0])
                 lines = [json.dumps(_with_paths(pair), ensure_ascii=False) + "\n" for pair in pairs]
                 (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
             except OSError as error:
                 raise DataError(f"{folder} cannot be written: {error.strerror}") from error
-        return Exported(len(pairs), len(rows) - len(used), len(wanted))
+        return Exported(len(pairs), unused, len(wanted))
 
 
 def _jpeg(picture: Image.Image) -> bytes:
@@ -164,31 +160,3 @@ def _plain(conversation: Conversation, names: Sequence[str]) -> dict[str, Any]:
 
 def _with_paths(pair: dict[str, Any]) -> dict[str, Any]:
     return {**pair, "images": [f"images/{name}.jpg" for name in pair["images"]]}
-
-
-def _pairs(rows: Sequence[tuple[int, str, str, str, str | None]]) -> tuple[list[dict[str, Any]], set[int]]:
-    """Preference pairs, and the numbers of the opinions that they use."""
-    pairs: list[dict[str, Any]] = []
-    used: set[int] = set()
-    seen: set[tuple[str, str, str]] = set()
-    liked: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    disliked: dict[str, list[tuple[int, str]]] = defaultdict(list)
-
-    def pair(conversation: str, chosen: str, rejected: str, numbers: tuple[int, ...]) -> None:
-        if chosen.strip() == rejected.strip():
-            return
-        used.update(numbers)
-        if (key := (conversation, chosen, rejected)) not in seen:
-            seen.add(key)
-            name = "feedback-" + "-".join(map(str, numbers))
-            pairs.append({"id": name, **json.loads(conversation), "chosen": chosen, "rejected": rejected})
-
-    for number, conversation, answer, verdict, correction in rows:
-        (liked if verdict == "up" else disliked)[conversation].append((number, answer))
-        if correction:
-            pair(conversation, correction, answer, (number,))
-    for conversation, ups in liked.items():
-        for up, good in ups:
-            for down, bad in disliked.get(conversation, []):
-                pair(conversation, good, bad, (up, down))
-    return pairs, used
