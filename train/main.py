@@ -2,6 +2,8 @@
 
 vlm train flickr8k-flamingo data=DIR out=runs/flamingo
 vlm train finetune data=MY_PICTURES out=runs/mine
+vlm train prefer data=PAIRS.jsonl start=runs/mine out=runs/preferred
+vlm train plan flickr8k-larger
 vlm train selftest
 vlm train card OUT --reports REPORT.json
 """
@@ -18,6 +20,7 @@ from vlm.options import add_common, apply_common, make_parser
 COMMANDS = {
     "selftest": "vlm.train.selftest",
     "card": "vlm.train.card",
+    "plan": "vlm.train.plan",
 }
 TERMINATED = 143
 """Exit code of a run that a signal ended early: 128 + SIGTERM."""

@@ -53,7 +53,8 @@ class FlamingoConfig:
     heads: int = 6
     """Resampler attention heads."""
     layers: tuple[int, ...] = (12, 14, 16, 18, 20, 22, 24, 26, 28)
-    """Language-model layers that a gated block stands before."""
+    """Language-model layers that a gated block stands before; []: every second one of the upper three fifths,
+    whatever the depth (of 30 layers: the default)."""
     block_heads: int = 9
     """Query heads of a gated block."""
     block_kv_heads: int = 3
@@ -74,7 +75,7 @@ class FlamingoConfig:
         _check("flamingo.", **{name: getattr(self, name) >= 1 for name in (*sizes, "max_group")})
         _check("flamingo.", depth=self.depth >= 0, dropout=0 <= self.dropout < 1)
         _check("flamingo.", gate_init=math.isfinite(self.gate_init))
-        _check("flamingo.", layers=bool(self.layers) and len(set(self.layers)) == len(self.layers))
+        _check("flamingo.", layers=len(set(self.layers)) == len(self.layers))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,23 +222,46 @@ def _open_clip_tower(config: VisionConfig, resolved: Resolved) -> Parts:
     import open_clip
 
     published = _published(resolved)
-    sizes = (open_clip.get_model_config(resolved.model) or {}).get("vision_cfg", {})
-    trunk = "timm_model_name" in sizes
-    own_vit = not trunk and isinstance(sizes.get("layers"), int)
-    model = open_clip.create_model(
-        resolved.model,
-        load_weights=False,
-        pretrained_text=False,
-        # Its loader brings a ViT's position embeddings to this size; a ResNet takes any.
-        force_image_size=config.size if own_vit else None,
-        force_quick_gelu=bool(published.get("quick_gelu")),
-    )
+    model = open_clip_network(resolved.model, config.size, quick_gelu=bool(published.get("quick_gelu")))
     open_clip.load_checkpoint(model, str(resolved.path), strict=True)
     visual = model.visual
-    if trunk and sizes.get("image_size") != config.size:
-        _set_size(visual.trunk, config.size)
+    fit_trunk(visual, resolved.model, config.size)
     data = {**open_clip.get_model_preprocess_cfg(model), **published}
     return visual, data["mean"], data["std"]
+
+
+def open_clip_network(name: str, size: int, *, quick_gelu: bool = False, device: str = "cpu") -> Any:
+    """Both towers of an open_clip model for pictures of this size, without its weights."""
+    import open_clip
+
+    sizes = _tower_sizes(name)
+    own_vit = "timm_model_name" not in sizes and isinstance(sizes.get("layers"), int)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it warns that it loads no weights, which is what is asked for
+    try:
+        return open_clip.create_model(
+            name,
+            load_weights=False,
+            pretrained_text=False,
+            device=device,
+            # Its loader brings a ViT's position embeddings to this size; a ResNet takes any.
+            force_image_size=size if own_vit else None,
+            force_quick_gelu=quick_gelu,
+        )
+    finally:
+        logging.disable(before)
+
+
+def fit_trunk(visual: Any, name: str, size: int) -> None:
+    """Brings a timm network inside an open_clip tower, its weights loaded, to pictures of this size."""
+    if hasattr(visual, "trunk") and _tower_sizes(name).get("image_size") != size:
+        _set_size(visual.trunk, size)
+
+
+def _tower_sizes(name: str) -> dict[str, Any]:
+    import open_clip
+
+    return dict((open_clip.get_model_config(name) or {}).get("vision_cfg", {}))
 
 
 def _published(resolved: Resolved) -> dict[str, Any]:

@@ -303,7 +303,6 @@ def test_sizes_that_do_not_fit(config: ModelConfig, word: str) -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: FlamingoConfig(layers=()),
         lambda: FlamingoConfig(layers=(2, 2)),
         lambda: FlamingoConfig(heads=0),
         lambda: FlamingoConfig(dropout=1.0),

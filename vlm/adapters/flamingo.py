@@ -19,6 +19,15 @@ from vlm.errors import ConfigError
 from vlm.language import BeforeLayer
 
 
+def upper_layers(num_layers: int) -> tuple[int, ...]:
+    """Where blocks stand unless a recipe says otherwise: every second layer of the upper three fifths.
+
+    Of 30 layers these are 12, 14, ... 28. What lies below depends on text alone: its gradient is never
+    computed, and its hidden states can be kept.
+    """
+    return tuple(range(round(0.4 * num_layers), num_layers, 2))
+
+
 class GatedBlock(nn.Module):
     """tanh-gated cross-attention and tanh-gated feed-forward, with grouped key/value heads.
 
@@ -93,13 +102,14 @@ class FlamingoAdapter(Adapter):
         self, config: FlamingoConfig, *, features: int, positions: int, hidden: int, num_layers: int
     ) -> None:
         super().__init__(config, features=features, positions=positions, hidden=hidden, num_layers=num_layers)
-        if not config.layers or not all(0 <= i < num_layers for i in config.layers):
-            raise ConfigError(f"flamingo.layers {config.layers} must lie within 0..{num_layers - 1}")
+        layers = config.layers or upper_layers(num_layers)
+        if not all(0 <= i < num_layers for i in layers):
+            raise ConfigError(f"flamingo.layers {layers} must lie within 0..{num_layers - 1}; [] places them")
         if config.block_heads % config.block_kv_heads:
             raise ConfigError("flamingo.block_heads must be a multiple of flamingo.block_kv_heads")
         if config.width % config.heads:
             raise ConfigError("flamingo.width must be a multiple of flamingo.heads")
-        self.at_layers = config.layers
+        self.at_layers = layers
         self.max_group = config.max_group
         self.latents = config.latents
         self.resampler = Resampler(
@@ -112,7 +122,7 @@ class FlamingoAdapter(Adapter):
             dropout=config.dropout,
         )
         self.place = nn.Embedding(config.max_group, config.width)
-        self.blocks = nn.ModuleList(GatedBlock(config, hidden) for _ in config.layers)
+        self.blocks = nn.ModuleList(GatedBlock(config, hidden) for _ in layers)
         for block in self.blocks:
             zero_linear_init(block)
         nn.init.normal_(self.place.weight, std=0.02)
