@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,11 @@ Ended = tuple[float, list[int], list[float]]
 
 
 class _Beams:
-    """One prompt's beams: those that go on, and those that have ended."""
+    """One prompt's beams: those that go on, and those that have ended.
+
+    Attributes:
+        margin: the smallest gap so far between what was kept and what was dropped (`Answer.margin`).
+    """
 
     def __init__(self, size: int, penalty: float) -> None:
         self.size, self.penalty = size, penalty
@@ -28,12 +33,14 @@ class _Beams:
         self.logprobs: list[list[float]] = [[] for _ in range(size)]
         self.ended: list[Ended] = []
         self.done = False
+        self.margin = math.inf
 
     def _score(self, total: float, length: int) -> float:
         return float(total / length**self.penalty)
 
     def take(self, candidates: list[tuple[float, int, int, float]], end: int) -> list[tuple[int, int, float]]:
         """Chooses among (total, beam, token, logprob), best first: (beam, token, total) that go on."""
+        self._measure(candidates, end)
         going: list[tuple[int, int, float]] = []
         ids, logprobs = [], []
         for rank, (total, beam, token, logprob) in enumerate(candidates):
@@ -51,15 +58,34 @@ class _Beams:
         self.ended = sorted(self.ended, key=lambda e: -e[0])[: self.size]
         best = self._score(going[0][2], len(ids[0])) if going else float("-inf")
         self.done = not going or (len(self.ended) == self.size and self.ended[-1][0] >= best)
+        if going and len(self.ended) == self.size:
+            self.margin = min(self.margin, abs(self.ended[-1][0] - best))
         return going
 
+    def _measure(self, candidates: list[tuple[float, int, int, float]], end: int) -> None:
+        """Takes the gaps at this step's two borders into `margin`: who goes on, and which ends count."""
+        likely = [(total, token == end) for total, _, token, _ in candidates if total > float("-inf")]
+        on = [total for total, ends in likely if not ends]
+        gaps = [on[self.size - 1] - on[self.size]] if len(on) > self.size else []
+        if len(likely) > self.size:
+            (last, _), (first, _) = likely[self.size - 1 : self.size + 1]
+            gaps += [
+                total - first if rank < self.size else last - total
+                for rank, (total, ends) in enumerate(likely)
+                if ends
+            ]
+        self.margin = min([self.margin, *gaps])
+
     def best(self, totals: list[float]) -> Ended:
-        """The best beam, ended or (when the length ran out) not."""
+        """The best beam, ended or (when the length ran out) not; the second's gap goes into `margin`."""
         cut = [
             (self._score(total, len(ids)), ids, logprobs)
             for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=False)
         ]
-        return max([*self.ended, *([] if self.ended else cut)], key=lambda e: e[0])
+        ranked = sorted(self.ended or cut, key=lambda e: -e[0])
+        if len(ranked) > 1:
+            self.margin = min(self.margin, ranked[0][0] - ranked[1][0])
+        return ranked[0]
 
 
 def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
@@ -103,6 +129,7 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
             writer.push(token, logprob)
             if writer.finish_reason:
                 break
+        writer.margin = prompt.margin
         writers.append(writer)
     return writers
 
@@ -117,7 +144,8 @@ def _extend(likely: Tensor, totals: Tensor, beams: list[_Beams], end: int) -> tu
     prompts, size = totals.shape
     vocabulary = likely.shape[-1]
     summed = (totals[:, :, None] + likely.view(prompts, size, vocabulary)).flatten(1)
-    best, where = summed.topk(2 * size, dim=-1)
+    # Half of the candidates stand by for ended beams; one more shows by how much the first dropped is behind.
+    best, where = summed.topk(min(2 * size + 1, summed.shape[-1]), dim=-1)
     rows, tokens = [], []
     fresh = torch.full_like(totals, float("-inf"))
     likely_list = likely.view(prompts, -1).gather(1, where).tolist()

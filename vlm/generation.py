@@ -10,6 +10,7 @@ while len(batch):
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Writer:
     Attributes:
         ids: the tokens without the end.
         count: tokens taken, the end included.
+        margin: the smallest gap to what was not chosen (`Answer.margin`); infinite where none was compared.
     """
 
     def __init__(self, model: VLM, config: GenerationConfig) -> None:
@@ -66,6 +68,7 @@ class Writer:
         self.ids: list[int] = []
         self.count = 0
         self.logprob = 0.0
+        self.margin = math.inf
         self.tokens: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self._written = ""
@@ -77,14 +80,16 @@ class Writer:
         """The answer so far."""
         return self._written.strip()
 
-    def push(self, token: int, logprob: float, room: bool = True) -> str:
+    def push(self, token: int, logprob: float, room: bool = True, gap: float = math.inf) -> str:
         """Takes a token and returns the text that became certain.
 
         Args:
             room: whether the model can read a further token.
+            gap: log-probability by which the token was likelier than any other.
         """
         self.count += 1
         self.logprob += logprob
+        self.margin = min(self.margin, gap)
         if token == self.model.language.frame.end:
             self.finish_reason = "stop"
             if self.tokens:
@@ -189,13 +194,13 @@ class DecodeBatch:
         """One token for every row, in the order they were added."""
         if self._state is None or self._logits is None:
             return []
-        chosen, logprobs = self._choose(self._logits)
+        chosen, logprobs, gaps = self._choose(self._logits)
         limit = self.model.language.max_positions
         room = (self._state.positions + 1 < limit).tolist()
         events = []
         for index, slot in enumerate(self._slots):
             token, logprob = int(chosen[index]), float(logprobs[index])
-            text = slot.writer.push(token, logprob, room[index])
+            text = slot.writer.push(token, logprob, room[index], gaps[index])
             events.append(Event(slot.number, token, text, logprob, slot.writer.finish_reason))
         staying = [i for i, event in enumerate(events) if event.finish_reason is None]
         self._keep(staying)
@@ -218,15 +223,19 @@ class DecodeBatch:
         else:
             self._state = self._logits = None
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, V) -> (B,) tokens and their log-probabilities under the model (before any temperature)."""
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+        """(B, V) -> (B,) tokens, their log-probabilities under the model (before any temperature), and how
+        far the next likeliest token is behind each (infinite where the token was drawn)."""
         likely = finite(logits).log_softmax(dim=-1)
         allowed = likely.masked_fill(self._banned, float("-inf"))
         chosen = allowed.argmax(dim=-1)
+        two = allowed.topk(2, dim=-1).values
+        gaps: list[float] = (two[:, 0] - two[:, 1]).tolist()
         for index, slot in enumerate(self._slots):
             if slot.random is not None:
                 chosen[index] = sample(allowed[index], slot.config, slot.random)
-        return chosen, likely.gather(1, chosen[:, None])[:, 0]
+                gaps[index] = math.inf
+        return chosen, likely.gather(1, chosen[:, None])[:, 0], gaps
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -293,6 +302,7 @@ def finished(model: VLM, row: Row, writer: Writer, seconds: dict[str, float]) ->
         logprob=writer.logprob,
         adapter=model.adapter_name,
         tokens=tuple(writer.tokens),
+        margin=writer.margin if math.isfinite(writer.margin) else None,
     )
 
 
