@@ -207,15 +207,19 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
 
 
 def picture_finder(base: Path) -> Find:
-    """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both."""
+    """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both.
+
+    Question sets hold a picture once for each of its questions, side by side: the bytes are kept once.
+    """
+    last = b""
 
     def find(value: Any) -> ImageSource:
+        nonlocal last
         if isinstance(value, Mapping):
-            if value.get("bytes"):
-                return bytes(value["bytes"])
-            value = value.get("path")
+            value = bytes(value["bytes"]) if value.get("bytes") else value.get("path")
         if isinstance(value, bytes):
-            return value
+            last = last if value == last else value
+            return last
         name = as_text(value).strip()
         if not name:
             raise RowError("no picture named")

@@ -105,7 +105,7 @@ def _association(pictures: Sequence[PictureText], asked: Sequence[str]) -> dict[
     }
 
 
-def _absence_index(pictures: Sequence[PictureText], lexicon: Lexicon) -> Callable[[str], list[int]]:
+def absence_index(pictures: Sequence[PictureText], lexicon: Lexicon) -> Callable[[str], list[int]]:
     """thing -> pictures that surely lack it: `PictureText.surely_lacks`, by word instead of by picture."""
     holders: dict[str, list[int]] = defaultdict(list)
     for index, picture in enumerate(pictures):
@@ -132,7 +132,7 @@ def presence(pictures: Sequence[PictureText], lexicon: Lexicon, load: Load, seed
     asked = [name for name, thing in lexicon.things.items() if thing.ask]
     score = _association(pictures, asked)
     having = {name: [i for i, p in enumerate(pictures) if p.surely_has(name)] for name in asked}
-    without = _absence_index(pictures, lexicon)
+    without = absence_index(pictures, lexicon)
     pairs: list[Pair] = []
     for name in sorted(asked, key=lambda name: (len(having[name]), name)):
         lacking = without(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from vlm.errors import DataError
 from vlm.eval import report, stats
+from vlm.eval.task import LOWER_IS_BETTER
 from vlm.options import make_parser
 
 
@@ -61,8 +63,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             "difference": result.difference,
             "interval": list(result.interval),
             "p_value": result.p_value,
-            "better": len(result.better),
-            "worse": len(result.worse),
+            "better": len(result.worse if name in LOWER_IS_BETTER else result.better),
+            "worse": len(result.better if name in LOWER_IS_BETTER else result.worse),
         }
         if name == main:
             for n in sorted((*result.better, *result.worse)):
@@ -74,7 +76,27 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
                 }
                 flipped.append({k: one[k] for k in ("id", "question", "references")} | change)
     flipped.sort(key=lambda row: -abs(row["scores"][1] - row["scores"][0]))
-    return {"task": a["task"], "split": a["split"], "n": len(ours), "metrics": metrics, "flipped": flipped}
+    changed = [(row, theirs[id]) for id, row in ours.items() if row["answer"] != theirs[id]["answer"]]
+    return {
+        "task": a["task"],
+        "split": a["split"],
+        "n": len(ours),
+        "metrics": metrics,
+        "answers_differ": len(changed),
+        "near_ties": _near_ties(changed),
+        "flipped": flipped,
+    }
+
+
+def _near_ties(changed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int | None:
+    """How many differing answers were near ties in either run; None where a report holds no margins."""
+    near = 0
+    for pair in changed:
+        margins = [row["margin"] for row in pair if row.get("margin") is not None]
+        if len(margins) < len(pair):
+            return None
+        near += min(margins) < report.NEAR_TIE
+    return near
 
 
 def _show(found: dict[str, Any], count: int) -> None:
@@ -86,6 +108,10 @@ def _show(found: dict[str, Any], count: int) -> None:
             f"(95 % {low:+.2f} to {high:+.2f}, p {row['p_value']:.3f}); "
             f"{row['better']} better, {row['worse']} worse"
         )
+    ties = "near ties are not measured in both" if found["near_ties"] is None else (
+        f"{found['near_ties']} of them near ties (the two best within {report.NEAR_TIE:g})"
+    )  # fmt: skip
+    print(f"  {found['answers_differ']} answers differ" + (f", {ties}" if found["answers_differ"] else ""))
     for row in found["flipped"][:count]:
         before, after = row["scores"]
         print(f"  {row['id']}: {row['question']} [{'; '.join(row['references'][:3])}]")

@@ -16,7 +16,7 @@ from vlm.data.duplicates import Print, leaks, print_of
 from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval import report
-from vlm.eval.task import question
+from vlm.eval.task import picture_names, question
 from vlm.images import open_picture
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
     files = sorted(path for path in train.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"{train} holds no training pictures")
-    names = [str(example.images[0]) for example in session.examples]
+    names = [picture_names(example.images)[0] for example in session.examples]
     held = {name: example.images[0] for name, example in zip(names, session.examples, strict=True)}
     pairs = leaks(
         [_print(str(path), path) for path in files], [_print(n, image) for n, image in held.items()]

@@ -5,6 +5,7 @@ vlm eval --list
 vlm eval score vqav2 --data DIR --predictions FILE --out REPORT.json
 vlm eval compare A.json B.json
 vlm eval audit vqav2 --data DIR --predictions FILE
+vlm eval calibrate REPORT.json --target 0.8
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from vlm.eval import tasks
 from vlm.options import add_common, make_parser
 
-BEFORE = {"score": "vlm.eval.offline", "audit": "vlm.eval.audit", "compare": "vlm.eval.compare"}
+BEFORE = {"score": "vlm.eval.offline", "audit": "vlm.eval.audit", "compare": "vlm.eval.compare",
+          "calibrate": "vlm.eval.abstain"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("vlm eval", "Score a model on a benchmark, with its controls.")
-    parser.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}; or score, compare, audit")
+    parser.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}; or score, compare, audit, calibrate")
     parser.add_argument(
         "--list", action="store_true", help="show every task with chance and published figures"
     )
@@ -64,10 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
     parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="default: the one of training")
     parser.add_argument(
+        "--memory", type=Path, metavar="DIR", help="remembered pictures (a picture never recalls itself)"
+    )
+    parser.add_argument(
         "--restart", action="store_true", help="drop the answers of an earlier run of this --out"
     )
     parser.add_argument(
         "--submission", type=Path, metavar="FILE", help="the answers as the challenge wants them"
+    )
+    parser.add_argument(
+        "--maps",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="draw where the model looked on the page's N best and N worst items",
     )
     parser.add_argument("--train-data", type=Path, metavar="DIR", help="training pictures: report overlap")
     parser.add_argument(

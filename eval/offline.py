@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     answers = read_predictions(args.predictions, task, examples)
     scores = task.scores(examples, answers, java=not args.no_java)
     out = args.out or args.predictions.with_suffix(".report.json")
-    report.write_items(report.siblings(out, "items"), examples, answers, scores)
+    report.write_items(report.siblings(out, "items"), report.items(examples, answers, scores))
     block = {
         "version": report.VERSION,
         "task": task.name,

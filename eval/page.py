@@ -5,12 +5,20 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from vlm.conversation import ImageSource
+from vlm.data.example import Example
 from vlm.eval import report
+from vlm.eval.task import LOWER_IS_BETTER
 from vlm.images import ImageError, open_picture
+
+Grid = Sequence[Sequence[float]]
 
 SHOWN = 12  # items at each end
 THUMBNAIL = 224  # pixels, the longer side
@@ -26,6 +34,8 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .items li{list-style:none;border:1px solid var(--line);border-radius:.5rem;padding:.6rem}
 .items li{overflow-wrap:anywhere}
 .items img{width:100%;height:auto;border-radius:.3rem}.items p{margin:.3rem 0}
+.seen{position:relative;display:block;line-height:0}.seen .map{position:absolute;inset:0;height:100%}
+body:has(#maps:not(:checked)) .map{display:none}
 .warn{color:#b3261e;font-weight:600}
 svg{max-width:30rem;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:currentColor}
 .pair{display:flex;flex-wrap:wrap;gap:1rem}.pair svg{flex:1 1 16rem}td{overflow-wrap:anywhere}
@@ -55,7 +65,7 @@ def render(found: dict[str, Any], items: Sequence[dict[str, Any]]) -> str:
         _controls(found, main),
         _breakdown(found, main),
         _calibration(found.get("calibration")),
-        _items(items, main),
+        _items(items, main, max(SHOWN, found.get("maps") or 0)),
         _how(found),
     ]
     return (
@@ -99,7 +109,7 @@ def _scores(found: dict[str, Any]) -> str:
     for figure in found["published"]:
         published.setdefault(figure["metric"], []).append(f"{figure['value']:g} ({figure['source']})")
     rows: list[tuple[Any, ...]] = [
-        (name, float(value), _ends(found["intervals"].get(name)), "; ".join(published.get(name, ())))
+        (_named(name), float(value), _ends(found["intervals"].get(name)), "; ".join(published.get(name, ())))
         for name, value in found["metrics"].items()
     ]
     rows += [(name, "-", "", f"not computed: {why}") for name, why in found["skipped"].items()]
@@ -107,18 +117,23 @@ def _scores(found: dict[str, Any]) -> str:
     return _table(("metric", "score", "95 %", "published"), rows)
 
 
+def _named(metric: str) -> str:
+    return f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
+
+
 def _controls(found: dict[str, Any], main: str) -> str:
     if not found["controls"]:
         return ""
-    rows: list[tuple[Any, ...]] = [("the model", float(found["metrics"][main]), "")]
+    rows: list[tuple[Any, ...]] = [("the model", float(found["metrics"][main]), "", "")]
     for name, block in found["controls"].items():
         value = (block["metrics"] or {}).get(main)
-        rows.append((name, "-" if value is None else float(value), block.get("reason", "")))
-    bars = [(str(name), value) for name, value, _ in rows if isinstance(value, float)]
+        number = "-" if value is None else float(value)
+        rows.append((name, number, block.get("about", ""), block.get("reason") or ""))
+    bars = [(str(row[0]), row[1]) for row in rows if isinstance(row[1], float)]
     best = found.get("text_only")
     note = f"Best without looking: {best['value']:.2f} ({best['control']})." if best else ""
     return f"<h2>Without looking</h2><p>{_safe(note)}</p>{_bars(bars)}" + _table(
-        ("control", main, "why not"), rows
+        ("control", main, "what it is", "why not"), rows
     )
 
 
@@ -137,10 +152,15 @@ def _bars(bars: Sequence[tuple[str, float]]) -> str:
 
 
 def _breakdown(found: dict[str, Any], main: str) -> str:
+    table = {kind: row for kind, row in found["breakdown"].items() if main in row}
+    if not table:
+        return ""
+    metrics = [name for name in next(iter(table.values())) if name != "n"]
     rows: list[tuple[Any, ...]] = [
-        (kind, float(row["n"]), float(row[main])) for kind, row in found["breakdown"].items() if main in row
+        (kind, str(round(row["n"])), *(float(row[name]) if name in row else "-" for name in metrics))
+        for kind, row in table.items()
     ]
-    return "<h2>By kind</h2>" + _table(("kind", "examples", main), rows) if rows else ""
+    return "<h2>By kind</h2>" + _table(("kind", "examples", *metrics), rows)
 
 
 def _calibration(curves: dict[str, Any] | None) -> str:
@@ -169,21 +189,24 @@ def _curve(points: Sequence[Sequence[float]], label: str, name: str) -> str:
     )
 
 
-def _items(items: Sequence[dict[str, Any]], main: str) -> str:
-    ranked = [row for row in items if row["scores"].get(main) is not None]
-    ranked.sort(key=lambda row: (row["scores"][main], row["id"]))
-    worst = ranked[: min(SHOWN, len(ranked) // 2)]
-    best = ranked[::-1][: min(SHOWN, len(ranked) - len(worst))]
+def _items(items: Sequence[dict[str, Any]], main: str, count: int) -> str:
+    worst, best = report.ends(items, main, count)
     parts = []
-    for name, rows in (("Worst", worst), ("Best", best)):
-        if rows:
-            cards = "".join(_card(row, main) for row in rows)
+    if any(items[number].get("maps") for number in (*worst, *best)):
+        parts.append(
+            '<p><label><input type="checkbox" id="maps" checked> Show what the answers lean on: gradient '
+            "times input of the picture's cells, the strongest cell brightest.</label></p>"
+        )
+    for name, chosen in (("Worst", worst), ("Best", best)):
+        if chosen:
+            cards = "".join(_card(items[number], main) for number in chosen)
             parts.append(f'<h2>{name} by {_safe(main)}</h2><ul class="items">{cards}</ul>')
     return "".join(parts)
 
 
 def _card(row: dict[str, Any], main: str) -> str:
-    picture = "".join(map(_thumbnail, row["images"]))
+    pictures = row["thumbnails"] if "thumbnails" in row else list(map(thumbnail, row["images"]))
+    picture = "".join(itertools.starmap(_picture, itertools.zip_longest(pictures, row.get("maps", ()))))
     references = " · ".join(dict.fromkeys(row["references"][:5]))
     return (
         f"<li>{picture}<p><b>{_safe(row['question'])}</b></p><p>{_safe(row['answer']) or '<i>nothing</i>'} "
@@ -191,9 +214,36 @@ def _card(row: dict[str, Any], main: str) -> str:
     )
 
 
-def _thumbnail(source: str) -> str:
-    """The picture as an inline JPEG; nothing where it is not on this machine."""
-    if not Path(source).is_file():
+def keep_pictures(rows: Sequence[dict[str, Any]], examples: Sequence[Example], main: str, count: int) -> None:
+    """Gives the rows that the page shows their pictures as `thumbnails`, where these are no files."""
+    for number in itertools.chain(*report.ends(rows, main, max(SHOWN, count))):
+        images = examples[number].images
+        if not all(isinstance(image, str | Path) for image in images):
+            rows[number]["thumbnails"] = list(map(thumbnail, images))
+
+
+def _picture(shown: str | None, grid: Grid | None) -> str:
+    """A thumbnail (base64), with its map over it where there is one."""
+    if not shown:
+        return ""
+    picture = f'<img alt="" src="data:image/jpeg;base64,{_safe(shown)}">'
+    return f'<span class="seen">{picture}{_overlay(grid)}</span>' if grid else picture
+
+
+def _overlay(grid: Grid) -> str:
+    """A map as a PNG of one pixel for each cell, which the browser stretches over the whole picture."""
+    cells = Image.new("RGBA", (len(grid[0]), len(grid)))
+    # From clear to a warm, mostly opaque yellow: what matters most stays recognisable below it.
+    cells.putdata([(255, round(220 * cell), 0, round(190 * cell)) for line in grid for cell in line])
+    stored = io.BytesIO()
+    cells.save(stored, "PNG")
+    inside = base64.b64encode(stored.getvalue()).decode()
+    return f'<img class="map" alt="where the model looked" src="data:image/png;base64,{inside}">'
+
+
+def thumbnail(source: ImageSource) -> str:
+    """The picture as a small JPEG in base64; nothing where it is not on this machine."""
+    if isinstance(source, str | Path) and not Path(source).is_file():
         return ""
     try:
         pixels = open_picture(source).pixels.copy()
@@ -202,7 +252,7 @@ def _thumbnail(source: str) -> str:
     pixels.thumbnail((THUMBNAIL, THUMBNAIL))
     stored = io.BytesIO()
     pixels.save(stored, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stored.getvalue()).decode()}">'
+    return base64.b64encode(stored.getvalue()).decode()
 
 
 def _how(found: dict[str, Any]) -> str:

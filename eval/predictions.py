@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.answer import confidence
 from vlm.data.convert.common import read_text
 from vlm.data.example import Example
 from vlm.errors import ConfigError, DataError
@@ -20,13 +21,22 @@ ANSWER_KEYS = ("answer", "caption", "prediction", "text", "direct_answer", "mult
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer of a run. `logprob` is natural, of the whole answer with its end; `tokens` their number."""
+    """One answer of a run. `logprob` is natural, of the whole answer with its end; `tokens` their number.
+
+    `margin` is how near another answer was (`vlm.answer.Answer`); of choices, how far the second is behind.
+    """
 
     id: str
     text: str
     logprob: float
     tokens: int
     finish: str
+    margin: float | None = None
+
+    @property
+    def confidence(self) -> float:
+        """As `vlm.answer.Answer.confidence`."""
+        return confidence(self.logprob, self.tokens)
 
 
 class AnswerFile:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vlm.eval.predictions import Prediction
 from vlm.eval.task import Scores, Task, official_id, question
 
 VERSION = 1
+NEAR_TIE = 1e-3  # margin, in natural-log probability, below which the last bits of a sum may decide
 
 
 def siblings(report: Path, kind: str) -> Path:
@@ -73,15 +74,15 @@ def rates(
     return found
 
 
-def write_items(
-    path: Path,
+def items(
     examples: Sequence[Example],
     answers: Sequence[str],
     scores: Scores,
-    logprobs: Sequence[float] = (),
-) -> None:
-    """One line for every item, in the examples' order."""
-    lines = []
+    predictions: Sequence[Prediction] = (),
+) -> list[dict[str, Any]]:
+    """A row for every item, in the examples' order; where the answers are a run's own, with what it was sure
+    of."""
+    rows = []
     for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         row: dict[str, Any] = {
             "id": example.id,
@@ -92,11 +93,32 @@ def write_items(
             "answer": answer,
             "scores": {name: float(values[number]) for name, values in scores.per_item.items()},
         }
-        if logprobs:
-            row["logprob"] = logprobs[number]
-        lines.append(json.dumps(_plain(row), ensure_ascii=False))
+        if predictions:
+            said = predictions[number]
+            row |= {"logprob": said.logprob, "confidence": said.confidence, "margin": said.margin}
+        rows.append(_plain(row))
+    return rows
+
+
+def write_items(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def ends(rows: Sequence[Mapping[str, Any]], main: str, count: int) -> tuple[list[int], list[int]]:
+    """Places of the `count` worst and the `count` best items by a metric, each end first; none is in both."""
+    ranked = [n for n, row in enumerate(rows) if row["scores"].get(main) is not None]
+    ranked.sort(key=lambda n: (rows[n]["scores"][main], rows[n]["id"]))
+    worst = ranked[: min(count, len(ranked) // 2)]
+    return worst, ranked[::-1][: min(count, len(ranked) - len(worst))]
+
+
+def near_ties(predictions: Sequence[Prediction]) -> int | None:
+    """How many answers another batch size or number of processes may change; None where nobody measured."""
+    margins = [each.margin for each in predictions if each.margin is not None]
+    return sum(margin < NEAR_TIE for margin in margins) if margins else None
 
 
 def calibration(
@@ -110,23 +132,34 @@ def calibration(
     """
     if scores is None or len(answers) < bins:
         return None
-    sure = np.array([math.exp(a.logprob / max(1, a.tokens)) for a in answers])
+    sure = np.array([answer.confidence for answer in answers])
     kept = ~np.isnan(scores)
-    order = np.argsort(sure[kept], kind="stable")
-    sure, scores = 100 * sure[kept][order], scores[kept][order]
+    # Rounded: equal questions about equal pictures are equally sure, whatever batch they were answered in.
+    sure = np.round(100 * sure[kept], 3)
+    order = np.argsort(sure, kind="stable")
+    sure, scores = sure[order], scores[kept][order]
     parts = np.array_split(np.arange(len(sure)), bins)
     curve = [[float(sure[part].mean()), float(scores[part].mean())] for part in parts if len(part)]
     shares = [round(len(sure) * share / bins) for share in range(1, bins + 1)]
+    _, running = risk_coverage(sure, scores)
     risk = [
-        [100.0 * share / bins, float(scores[-count:].mean())]
-        for share, count in enumerate(shares, 1)
-        if count
+        [100.0 * share / bins, float(running[count - 1])] for share, count in enumerate(shares, 1) if count
     ]
-    return {"curve": _rounded(curve), "risk": _rounded(risk)}
+    return {name: [[round(x, 1), round(y, 2)] for x, y in rows] for name, rows in
+            (("curve", curve), ("risk", risk))}  # fmt: skip
 
 
-def _rounded(rows: list[list[float]]) -> list[list[float]]:
-    return [[round(value, 2) for value in row] for row in rows]
+def risk_coverage(sure: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What answering only where the model is sure gives (El-Yaniv and Wiener 2010).
+
+    Args:
+        sure, scores: (n,) confidence and score of each item.
+
+    Returns:
+        The confidences from the surest on, and at place i the mean score of the i + 1 surest items.
+    """
+    order = np.argsort(sure, kind="stable")[::-1]
+    return sure[order], scores[order].cumsum() / np.arange(1, len(order) + 1)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -171,6 +204,10 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 def scorer_hash() -> str:
     """Of the source of everything that turns answers into scores."""
-    here = Path(__file__).parent
+    from vlm.data import lexicon
+
+    here, words = Path(__file__).parent, lexicon.PATH.parent
     files = [here / "scorers.py", here / "stats.py", *sorted((here / "metrics").glob("*.py"))]
+    files += [words / f"{name}.{kind}" for name in ("grammar", "lexicon") for kind in ("py", "json")]
+    files.append(words / "captions.py")  # these three say what CHAIR counts
     return digest(path.read_text(encoding="utf-8") for path in files)

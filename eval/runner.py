@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.conversation import Conversation
 from vlm.errors import DataError, VLMError
 from vlm.eval.predictions import AnswerFile, Prediction
+from vlm.eval.task import picture_names
 
 if TYPE_CHECKING:
     from vlm.model import VLM
 
 BATCHES_BETWEEN_WRITES = 2
 MINUTE = 60.0
+PATIENCE = timedelta(days=7)  # of a process for the slowest other one
 
 Say = Callable[[str], None]
 
@@ -67,7 +70,11 @@ def answer_all(model: VLM, work: Work, path: Path, title: str, say: Say) -> list
         say(f"{title}: {len(done)} answers are there already, {len(todo)} to go")
     # Equal lengths side by side waste no padding, questions about one picture share its features; the longest
     # come first and show at once whether memory holds.
-    todo.sort(key=lambda n: (-(_length(work.conversations[n]) // 32), str(work.conversations[n].images), n))
+    todo.sort(
+        key=lambda n: (
+            -(_length(work.conversations[n]) // 32), picture_names(work.conversations[n].images), n
+        )
+    )  # fmt: skip
     size = int(work.generation.get("batch_size", 16)) * BATCHES_BETWEEN_WRITES
     clock = _Clock(len(todo), title, say)
     for start in range(0, len(todo), size):
@@ -118,15 +125,17 @@ def _ask(model: VLM, work: Work, group: Sequence[int]) -> list[Prediction]:
     if work.candidates is None:
         answers = model.ask_batch(conversations, **work.generation)
         return [
-            Prediction(work.ids[n], a.text, a.logprob, a.usage.completion_tokens, a.finish_reason)
+            Prediction(work.ids[n], a.text, a.logprob, a.usage.completion_tokens, a.finish_reason, a.margin)
             for n, a in zip(group, answers, strict=True)
         ]
     listed = [work.candidates[n] for n in group]
     rows = model.score(conversations, listed)
     found = []
     for n, options, scores in zip(group, listed, rows, strict=True):
-        best = max(range(len(options)), key=scores.__getitem__)
-        found.append(Prediction(work.ids[n], options[best], scores[best], 0, "choice"))
+        ranked = sorted(range(len(options)), key=lambda option: -scores[option])
+        best = ranked[0]
+        margin = scores[best] - scores[ranked[1]] if len(ranked) > 1 else None
+        found.append(Prediction(work.ids[n], options[best], scores[best], 0, "choice", margin))
     return found
 
 
@@ -148,9 +157,21 @@ class _Clock:
 
 
 def _wait() -> None:
-    from accelerate import PartialState
+    """Lets all processes come to this point. Gloo, whatever the device: all that is needed is a meeting."""
+    import torch.distributed as group
 
-    PartialState().wait_for_everyone()
+    if not group.is_initialized():
+        group.init_process_group("gloo", timeout=PATIENCE)
+    group.barrier()
+
+
+def leave() -> None:
+    """Ends what `_wait` began, if it did."""
+    if rank_and_world()[1] > 1:
+        import torch.distributed as group
+
+        if group.is_initialized():
+            group.destroy_process_group()
 
 
 def _merge(path: Path, work: Work, world: int) -> dict[str, Prediction]:

@@ -14,6 +14,7 @@ from vlm.errors import DataError
 from vlm.eval import stats
 from vlm.eval.metrics import answers as short
 from vlm.eval.metrics.captions import bleu, score_captions
+from vlm.eval.metrics.chair import chair, chair_counts
 from vlm.eval.metrics.vqa import vqa_accuracy
 from vlm.eval.metrics.wordnet import find_wordnet
 from vlm.eval.metrics.wups import wups
@@ -31,6 +32,32 @@ def caption_scores(examples: Sequence[Example], answers: Sequence[str], *, java:
     intervals |= {f"bleu_{n + 1}": (float(low), float(high)) for n, (low, high) in enumerate(tails)}
     per_item = found.per_item | {"bleu_4": bleu(found.bleu_counts)[:, 3]}
     return Scores(found.metrics, intervals, per_item, {}, found.skipped)
+
+
+def object_caption_scores(
+    examples: Sequence[Example], answers: Sequence[str], *, java: bool = True
+) -> Scores:
+    """`caption_scores`, and CHAIR_s and CHAIR_i: the shares of captions and of named objects that are about
+    something which the references do not have; lower is better. Objects and synonyms are
+    `vlm.data.lexicon`'s."""
+    found = caption_scores(examples, answers, java=java)
+    counts = chair_counts(answers, [example.answers for example in examples])
+    wrong = 100.0 * (counts[:, 1] > 0)
+    metrics, skipped = {"chair_s": float(wrong.mean())}, dict(found.skipped)
+    intervals = {"chair_s": stats.interval(wrong)}
+    if counts[:, 0].any():
+        metrics["chair_i"] = float(chair(counts.sum(axis=0))[0])
+        ((low, high),) = stats.corpus_interval(counts, chair)
+        intervals["chair_i"] = (float(low), float(high))
+    else:
+        skipped["chair_i"] = "no caption names an object"
+    return replace(
+        found,
+        metrics=found.metrics | metrics,
+        intervals=found.intervals | intervals,
+        per_item=found.per_item | {"chair_s": wrong},
+        skipped=skipped,
+    )
 
 
 def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_type",)) -> Scorer:

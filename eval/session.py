@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     session = Session(task, args, model, out, examples)
     block = session.evaluate()
+    runner.leave()
     block["seconds"] = {"total": round(time.monotonic() - started, 1)}
     if runner.rank_and_world()[0]:
         return 0
@@ -66,7 +67,7 @@ def _model(args: argparse.Namespace) -> VLM:
     device = args.device
     if device == "cuda" and runner.rank_and_world()[1] > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process
-    return VLM.from_pretrained(
+    model = VLM.from_pretrained(
         args.adapter,
         device=device,
         dtype=args.dtype,
@@ -74,6 +75,9 @@ def _model(args: argparse.Namespace) -> VLM:
         allow_different_frozen=args.allow_different_frozen,
         feature_cache=args.feature_cache or cache_root() / "features",
     )
+    if args.memory is not None:
+        model.remember(args.memory, itself=False)
+    return model
 
 
 def say(text: str) -> None:
@@ -134,15 +138,22 @@ class Session:
         }
         header = {"task": self.task.name, "decoding": decoding, "hashes": hashes | {"scorer": None}}
         answers = self._answers(conversations, header, None)
+        blind = self._control_answers(conversations, header) if self.args.controls == "all" else {}
         if runner.rank_and_world()[0]:
-            for name in controls.RUNS if self.args.controls == "all" else ():
-                self._control(name, conversations, header)
             return {}
+        block = self._block(conversations, answers, blind)
+        return block | {"decoding": decoding, "prompt": words[0], "hashes": hashes}
+
+    def _block(
+        self,
+        conversations: Sequence[Conversation],
+        answers: Sequence[Prediction],
+        blind: Mapping[str, list[str] | str],
+    ) -> dict[str, Any]:
+        """The report of answers and of what the model said in its controls; writes the items too."""
         texts = [answer.text for answer in answers]
-        scores = self._score(texts)
-        report.write_items(
-            report.siblings(self.out, "items"), self.examples, texts, scores, [a.logprob for a in answers]
-        )
+        scores = self.task.scores(self.examples, texts, java=not self.args.no_java)
+        self._write_items(conversations, answers, scores)
         if self.args.submission:
             report.write_json(self.args.submission, export(self.task, self.examples, texts))
         block: dict[str, Any] = {
@@ -158,15 +169,14 @@ class Session:
             "rates": report.rates(
                 self.task, self.examples, texts, [] if self.likelihood else [a.finish for a in answers]
             ),
-            "controls": self._controls(conversations, header, scores.main),
-            "decoding": decoding,
-            "prompt": words[0],
+            "near_ties": report.near_ties(answers),
+            "controls": self._controls(blind, scores.main),
             "shots": {"k": self.args.shots, "labels": self.args.shot_labels, "choice": self.args.shot_choice}
             if self.args.shots
             else None,
-            "hashes": hashes,
             "published": [vars(figure) for figure in self.task.published],
             "predictions": report.siblings(self.out, "answers").name,
+            "maps": self.args.maps,
         }
         block["text_only"] = text_only(block["controls"], scores.main)
         block["calibration"] = report.calibration(scores.per_item.get(scores.main), answers)
@@ -176,8 +186,19 @@ class Session:
             block["contamination"] = overlap(self, self.args.train_data, texts)
         return block
 
-    def _score(self, texts: Sequence[str]) -> Scores:
-        return self.task.scores(self.examples, texts, java=not self.args.no_java)
+    def _write_items(
+        self, conversations: Sequence[Conversation], answers: Sequence[Prediction], scores: Scores
+    ) -> None:
+        rows = report.items(self.examples, [answer.text for answer in answers], scores, answers)
+        if self.args.maps:
+            from vlm.eval.maps import add_maps
+
+            add_maps(self.model, rows, self.examples, conversations, scores.main, self.args.maps)
+        if not self.args.no_html:
+            from vlm.eval.page import keep_pictures
+
+            keep_pictures(rows, self.examples, scores.main, self.args.maps)
+        report.write_items(report.siblings(self.out, "items"), rows)
 
     def _conversations(self) -> list[Conversation]:
         if self.task.choices and not self.likelihood:
@@ -205,31 +226,43 @@ class Session:
         title = f"{self.task.name} {control or ''}".strip()
         return runner.answer_all(self.model, work, path, title, say)
 
-    def _control(
-        self, name: str, conversations: Sequence[Conversation], header: Mapping[str, Any]
-    ) -> list[str]:
-        changed = controls.run(name, conversations, self.model.blank_image)
-        return [answer.text for answer in self._answers(changed, header, name)]
+    def _control_answers(
+        self, conversations: Sequence[Conversation], header: Mapping[str, Any]
+    ) -> dict[str, list[str] | str]:
+        """What the model says in each control that it answers, or the reason why there is none."""
+        found: dict[str, list[str] | str] = {}
+        for name in controls.RUNS:
+            try:
+                changed = controls.run(name, conversations, self.model.blank_image)
+            except controls.NoControl as reason:
+                found[name] = str(reason)
+                continue
+            found[name] = [answer.text for answer in self._answers(changed, header, name)]
+        return found
 
-    def _controls(
-        self, conversations: Sequence[Conversation], header: Mapping[str, Any], main: str
-    ) -> dict[str, Any]:
+    def _controls(self, blind: Mapping[str, list[str] | str], main: str) -> dict[str, Any]:
+        """The report's table: every control with its scores, or with none and the reason."""
         if self.args.controls == "none":
             return {}
-        table: dict[str, Any] = {}
-        for name in controls.RUNS:
-            texts = self._control(name, conversations, header)
-            table[name] = self._without_java(texts)
+        said = dict(blind)
         try:
-            table["prior"] = self._without_java(controls.prior(self.train(), self.examples))
+            said["prior"] = controls.prior(self.train(), self.examples, captions=self.task.captions)
         except VLMError as error:
-            table["prior"] = {"metrics": None, "reason": str(error)}
+            said["prior"] = str(error)
+        table: dict[str, Any] = {}
+        for name, texts in said.items():
+            block: dict[str, Any] = {"metrics": None, "reason": texts}
+            if not isinstance(texts, str):
+                block = self._without_java(texts)
+            table[name] = {"about": controls.ABOUT[name], **block}
+        if self.task.captions and not isinstance(said["prior"], str):
+            table["prior"]["caption"] = said["prior"][0]
         guess = self.task.chance(self.examples)
-        table["chance"] = (
-            {"metrics": None, "reason": "guessing has no score in this task"}
-            if guess is None
-            else {"metrics": {main: guess}}
-        )
+        table["chance"] = {
+            "about": controls.ABOUT["chance"],
+            "metrics": None if guess is None else {main: guess},
+            "reason": "guessing has no score in this task" if guess is None else None,
+        }
         return table
 
     def _without_java(self, texts: Sequence[str]) -> dict[str, Any]:
@@ -238,6 +271,7 @@ class Session:
         block = report.scores_block(scores)
         return {
             "metrics": block["metrics"],
+            "reason": None,
             "intervals": block["intervals"],
             "rates": report.rates(self.task, self.examples, texts),
         }
@@ -267,10 +301,12 @@ def show(block: Mapping[str, Any], out: Path) -> None:
     main = block["main_metric"]
     for name, control in block["controls"].items():
         value = (control["metrics"] or {}).get(main)
-        said = f"{value:7.2f}" if value is not None else f"      -   {control.get('reason', '')}"
+        said = f"{value:7.2f}" if value is not None else f"      -   {control.get('reason') or ''}"
         print(f"  {name + ' (control)':<20} {said}")
     for name, why in block["skipped"].items():
         print(f"  {name:<20}       -   {why}")
     for name, value in block["rates"].items():
         print(f"  {name + ' answers':<20} {value:7.2f} %")
+    if block.get("near_ties") is not None:
+        print(f"  {'near ties':<20} {block['near_ties']:4d}      (the two best within {report.NEAR_TIE:g})")
     print(f"report: {out}")

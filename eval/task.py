@@ -12,8 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from vlm.conversation import ImageSource
 from vlm.data.example import Example
+from vlm.data.splits import image_key
 from vlm.errors import ConfigError, DataError
+
+LOWER_IS_BETTER = frozenset(("chair_i", "chair_s"))
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,11 @@ class Task:
 def official_id(example: Example) -> str:
     """The id that the official results format of its benchmark knows the example by."""
     return str(example.meta.get("key") or example.id.rpartition("/")[2])
+
+
+def picture_names(images: Sequence[ImageSource]) -> tuple[str, ...]:
+    """What tells pictures apart: the paths of files, hashes of everything else."""
+    return tuple(str(image) if isinstance(image, str | Path) else image_key(image) for image in images)
 
 
 def question(example: Example) -> str:

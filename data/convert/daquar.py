@@ -1,7 +1,9 @@
 """DAQUAR: questions about photographs of rooms (Malinowski and Fritz, NIPS 2014; NYU Depth v2 pictures).
 
-    qa.37.raw.train.txt  qa.37.raw.test.txt   a question line and an answer line in turn
-    images/imageN.jpg or .png                 (or nyu_depth_images/)
+    qa.894.raw.train.txt  qa.894.raw.test.txt   a question line and an answer line in turn
+    images/imageN.jpg or .png                   (or nyu_depth_images/)
+
+Copies that call the full files qa.37.raw.*.txt are read too, where no qa.894.raw.*.txt lies beside them.
 
 "... in the image3 ?" is the file's way to name the picture; it is removed from the question. Underscores
 are spaces, several answers are separated by commas. The set has no dev part: `dev` is set aside from the
@@ -22,7 +24,7 @@ from vlm.data.splits import canonical_split, is_held_out
 from vlm.errors import DataError
 
 DEV_FRACTION = 0.1
-QA_FILES = "qa.37.raw.{part}.txt"
+QA_FILES = ("qa.894.raw.{part}.txt", "qa.37.raw.{part}.txt")
 IMAGE_FOLDERS = ("images", "nyu_depth_images", "Images")
 _IMAGE = re.compile(r"\s*(?:\b(?:in|of|on)\s+)?(?:(?:the|this)\s+)?\bimage\s*(\d+)\s*(?=\?|$)", re.IGNORECASE)
 _ANY_IMAGE = re.compile(r"\bimage\s*(\d+)\b", re.IGNORECASE)
@@ -30,7 +32,12 @@ _ANY_IMAGE = re.compile(r"\bimage\s*(\d+)\b", re.IGNORECASE)
 
 def looks_like(root: Path) -> bool:
     """Whether `root` holds a DAQUAR question file."""
-    return any((root / QA_FILES.format(part=part)).is_file() for part in ("train", "test"))
+    return any((root / name).is_file() for part in ("train", "test") for name in question_files(part))
+
+
+def question_files(part: str) -> list[str]:
+    """The names that the question file of `train` or `test` goes by, the official one first."""
+    return [name.format(part=part) for name in QA_FILES]
 
 
 def clean_question(line: str) -> tuple[str, str]:
@@ -118,7 +125,7 @@ def read(root: Path, split: str) -> list[Example]:
     """
     split = canonical_split(split)
     part = "test" if split == "test" else "train"
-    pairs = read_pairs(first_existing(root, [QA_FILES.format(part=part)], f"{part} questions"))
+    pairs = read_pairs(first_existing(root, question_files(part), f"{part} questions"))
     pictures = picture_files(first_existing(root, IMAGE_FOLDERS, "picture folder"))
     names = {name for name, _, _ in pairs}
     missing = sorted(names - pictures.keys())

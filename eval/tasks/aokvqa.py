@@ -63,7 +63,7 @@ TASKS = (
         generation={"max_new_tokens": 12},
         answer_key="direct_answer",
         submission=partial(submission, "direct_answer"),
-        published=(Published("accuracy", 48.6, "GPV-2, Schwenk et al. 2022, val"),),
+        published=(Published("accuracy", 48.6, "GPV-2, Schwenk et al. 2022, arXiv:2206.01718, val"),),
     ),
     Task(
         name="aokvqa-choice",
@@ -78,6 +78,6 @@ TASKS = (
         generation={"max_new_tokens": 12},
         answer_key="multiple_choice",
         submission=partial(submission, "multiple_choice"),
-        published=(Published("accuracy", 60.3, "GPV-2, Schwenk et al. 2022, val"),),
+        published=(Published("accuracy", 60.3, "GPV-2, Schwenk et al. 2022, arXiv:2206.01718, val"),),
     ),
 )

@@ -22,9 +22,9 @@ TASKS = (
         split="test",
         splits=("train", "dev", "test"),
         published=(
-            Published("cider", 84.3, "Flamingo-80B, no shots"),
-            Published("cider", 113.1, "ClipCap, frozen GPT-2, Mokady et al. 2021"),
-            Published("cider", 145.8, "BLIP-2 OPT-6.7B, fine-tuned"),
+            Published("cider", 84.3, "Flamingo-80B, no shots, arXiv:2204.14198, test"),
+            Published("cider", 113.1, "ClipCap, frozen GPT-2, arXiv:2111.09734, Karpathy test"),
+            Published("cider", 145.8, "BLIP-2 ViT-g OPT-2.7B, fine-tuned, arXiv:2301.12597, Karpathy test"),
         ),
     ),
 )

@@ -27,9 +27,9 @@ TASKS = (
         generation={"max_new_tokens": 8},
         data_optional=True,
         published=(
-            Published("exact_match", 93.8, "the author's Keras model, test"),
-            Published("exact_match", 67.0, "question-only prior, computed"),
-            Published("exact_match", 37.3, "majority answer, computed"),
+            Published("exact_match", 93.8, "the author's Keras model, victorzhou.com/blog/easy-vqa, test"),
+            Published("exact_match", 67.0, "question-only prior, computed from the set, test"),
+            Published("exact_match", 37.3, "majority answer, computed from the set, test"),
         ),
     ),
 )

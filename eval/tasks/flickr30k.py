@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm.data.example import Example
+from vlm.eval.scorers import object_caption_scores
 from vlm.eval.task import Published
 from vlm.eval.tasks.layouts import caption_task, karpathy
 
@@ -21,8 +22,9 @@ TASKS = (
         "flickr30k",
         "captions of photographs, Karpathy's split",
         read=read,
+        score=object_caption_scores,
         split="test",
         splits=("train", "dev", "test"),
-        published=(Published("cider", 67.2, "Flamingo-80B, no shots"),),
+        published=(Published("cider", 67.2, "Flamingo-80B, no shots, arXiv:2204.14198, Karpathy test"),),
     ),
 )

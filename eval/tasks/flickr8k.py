@@ -11,7 +11,7 @@ from vlm.data.example import Example
 from vlm.data.sources import read_dataset
 from vlm.data.splits import canonical_split
 from vlm.errors import DataError
-from vlm.eval.scorers import caption_scores
+from vlm.eval.scorers import object_caption_scores
 from vlm.eval.task import Published, Task
 
 BEAMS = 3
@@ -35,7 +35,7 @@ TASKS = (
         name="flickr8k",
         about="captions of photographs, 5 references",
         read=read,
-        score=caption_scores,
+        score=object_caption_scores,
         captions=True,
         split="dev",
         splits=("train", "dev", "test"),
@@ -43,9 +43,9 @@ TASKS = (
         id_key="image_id",
         answer_key="caption",
         published=(
-            Published("cider", 48.1, "Tanti et al. 2018, frozen VGG-19, test"),
-            Published("bleu_4", 21.3, "Xu et al. 2015, hard attention, test"),
-            Published("meteor", 20.3, "Xu et al. 2015, hard attention, test"),
+            Published("cider", 48.1, "Tanti et al. 2018, arXiv:1703.09137, frozen VGG-19, test"),
+            Published("bleu_4", 21.3, "Xu et al. 2015, arXiv:1502.03044, Table 1, hard attention, test"),
+            Published("meteor", 20.3, "Xu et al. 2015, arXiv:1502.03044, Table 1, hard attention, test"),
         ),
     ),
 )

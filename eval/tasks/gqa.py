@@ -46,10 +46,10 @@ TASKS = (
         id_key="questionId",
         answer_key="prediction",
         published=(
-            Published("accuracy", 41.1, "question only (LSTM), Hudson and Manning 2019"),
-            Published("accuracy", 54.1, "MAC, Hudson and Manning 2019"),
-            Published("accuracy", 44.7, "BLIP-2 FlanT5-XXL, no shots, test-dev"),
-            Published("accuracy", 89.3, "people"),
+            Published("accuracy", 41.1, "question only, Hudson and Manning 2019, arXiv:1902.09506, test"),
+            Published("accuracy", 54.1, "MAC, Hudson and Manning 2019, arXiv:1902.09506, test"),
+            Published("accuracy", 44.7, "BLIP-2 FlanT5-XXL, no shots, arXiv:2301.12597, Table 2, test-dev"),
+            Published("accuracy", 89.3, "people, Hudson and Manning 2019, arXiv:1902.09506, test"),
         ),
     ),
 )

@@ -46,6 +46,6 @@ TASKS = (
         unparsed=neither,
         generation={"max_new_tokens": 4},
         id_key="identifier",
-        published=(Published("accuracy", 66.1, "neural module networks, Suhr et al. 2017, test"),),
+        published=(Published("accuracy", 66.1, "module networks, Suhr et al. 2017, ACL P17-2034, Test-P"),),
     ),
 )

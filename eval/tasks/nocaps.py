@@ -51,8 +51,8 @@ TASKS = (
         splits=("dev",),
         train=None,
         published=(
-            Published("cider", 65.8, "ClipCap, Mokady et al. 2021, val"),
-            Published("cider", 121.6, "BLIP-2, val"),
+            Published("cider", 65.8, "ClipCap, frozen GPT-2, arXiv:2111.09734, val"),
+            Published("cider", 121.6, "BLIP-2 FlanT5-XL, trained on COCO, arXiv:2301.12597, val"),
         ),
     ),
 )

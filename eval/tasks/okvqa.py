@@ -27,9 +27,9 @@ TASKS = (
         splits=("train", "test"),
         generation={"max_new_tokens": 12},
         published=(
-            Published("accuracy_strict", 14.9, "question only, Marino et al. 2019"),
-            Published("accuracy_strict", 26.4, "MUTAN, Marino et al. 2019"),
-            Published("accuracy_strict", 50.6, "Flamingo-80B, no shots"),
+            Published("accuracy_strict", 14.9, "question only, Marino et al. 2019, arXiv:1906.00067, test"),
+            Published("accuracy_strict", 26.4, "MUTAN, Marino et al. 2019, arXiv:1906.00067, test"),
+            Published("accuracy_strict", 50.6, "Flamingo-80B, no shots, arXiv:2204.14198, test"),
         ),
     ),
 )

@@ -35,9 +35,17 @@ def _accuracy(answer: str, example: Example) -> float:
 
 
 def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
-    """Accuracy first, then precision, recall, F1, the rate of yes and of unparsed answers."""
+    """Accuracy first, then precision, recall, F1, the rate of yes and of unparsed answers; all by setting
+    where the examples name theirs."""
     found = item_scores({"accuracy": _accuracy})(examples, answers)
-    return replace(found, metrics=pope_metrics(answers, [example.answers[0] for example in examples]))
+    labels = [example.answers[0] for example in examples]
+    settings = [str(example.meta.get("setting", "")) for example in examples]
+    table: dict[str, dict[str, float]] = {}
+    for setting in filter(None, dict.fromkeys(settings)):
+        places = [number for number, each in enumerate(settings) if each == setting]
+        row = pope_metrics([answers[n] for n in places], [labels[n] for n in places])
+        table[f"setting={setting}"] = {"n": len(places), **row}
+    return replace(found, metrics=pope_metrics(answers, labels), breakdown=table)
 
 
 TASKS = (
@@ -53,9 +61,8 @@ TASKS = (
         unparsed=neither,
         generation={"max_new_tokens": 8},
         published=(
-            Published("f1", 89.3, "InstructBLIP, Li et al. 2023, random"),
-            Published("f1", 84.7, "InstructBLIP, Li et al. 2023, popular"),
-            Published("f1", 77.3, "InstructBLIP, Li et al. 2023, adversarial"),
+            Published("f1", 89.3, "InstructBLIP, Li et al. 2023, arXiv:2305.10355, random"),
+            Published("f1", 78.5, "InstructBLIP, Li et al. 2023, arXiv:2305.10355, adversarial"),
         ),
     ),
 )

@@ -57,9 +57,11 @@ TASKS = (
         choices=True,
         submission=submission,
         published=(
-            Published("accuracy", 40.1, "guessing, Lu et al. 2022"),
-            Published("accuracy", 67.4, "GPT-3 with chain of thought, Lu et al. 2022"),
-            Published("accuracy", 87.5, "people, Lu et al. 2022"),
+            Published("accuracy", 40.1, "guessing, Lu et al. 2022, arXiv:2209.09513, IMG, test"),
+            Published(
+                "accuracy", 67.4, "GPT-3, chain of thought, Lu et al. 2022, arXiv:2209.09513, IMG, test"
+            ),
+            Published("accuracy", 87.5, "people, Lu et al. 2022, arXiv:2209.09513, IMG, test"),
         ),
     ),
 )

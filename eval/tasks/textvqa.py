@@ -42,8 +42,8 @@ TASKS = (
         splits=("train", "dev"),
         generation={"max_new_tokens": 16},
         published=(
-            Published("accuracy_strict", 26.6, "LoRRA, Singh et al. 2019, val"),
-            Published("accuracy_strict", 39.4, "M4C, Hu et al. 2020, val"),
+            Published("accuracy_strict", 26.6, "LoRRA, Singh et al. 2019, arXiv:1904.08920, val"),
+            Published("accuracy_strict", 39.4, "M4C, Hu et al. 2020, arXiv:1911.06258, val"),
         ),
     ),
 )

@@ -43,6 +43,6 @@ TASKS = (
         splits=("train", "dev"),
         generation={"max_new_tokens": 16},
         id_key="image",
-        published=(Published("accuracy_strict", 31.6, "Flamingo-80B, no shots, test-dev"),),
+        published=(Published("accuracy_strict", 31.6, "Flamingo-80B, no shots, arXiv:2204.14198, test-dev"),),
     ),
 )

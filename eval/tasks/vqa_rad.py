@@ -54,8 +54,8 @@ TASKS = (
         generation={"max_new_tokens": 16},
         id_key="qid",
         published=(
-            Published("closed", 75.1, "MEVF and BAN, Nguyen et al. 2019"),
-            Published("open", 43.9, "MEVF and BAN, Nguyen et al. 2019"),
+            Published("closed", 75.1, "MEVF and BAN, Nguyen et al. 2019, arXiv:1909.11867, test"),
+            Published("open", 43.9, "MEVF and BAN, Nguyen et al. 2019, arXiv:1909.11867, test"),
         ),
     ),
 )

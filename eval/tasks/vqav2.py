@@ -28,10 +28,14 @@ TASKS = (
         splits=("train", "dev"),
         generation={"max_new_tokens": 12},
         published=(
-            Published("accuracy_strict", 26.0, "answering yes, Goyal et al. 2017, test"),
-            Published("accuracy_strict", 44.3, "question only, Goyal et al. 2017, test"),
-            Published("accuracy_strict", 56.3, "Flamingo-80B, no shots, test-dev"),
-            Published("accuracy_strict", 65.0, "BLIP-2 FlanT5-XXL, no shots, test-dev"),
+            Published(
+                "accuracy_strict", 26.0, "answering yes, Goyal et al. 2017, arXiv:1612.00837, test-std"
+            ),
+            Published(
+                "accuracy_strict", 44.3, "question only, Goyal et al. 2017, arXiv:1612.00837, test-std"
+            ),
+            Published("accuracy_strict", 56.3, "Flamingo-80B, no shots, arXiv:2204.14198, test-dev"),
+            Published("accuracy_strict", 65.0, "BLIP-2 FlanT5-XXL, no shots, arXiv:2301.12597, test-dev"),
         ),
     ),
 )

@@ -48,6 +48,7 @@ def items(folder: Path) -> list[dict[str, Any]]:
             "references": ["a", "b"],
             "answer": "" if number == 5 else f"answer {number}",
             "scores": {"exact_match": 100.0 * (number % 2)},
+            **({"maps": [[[0.0, 0.2], [1.0, 0.0]]]} if number in (7, 8) else {}),
         }
         for number in range(14)
     ]
@@ -88,6 +89,22 @@ def test_in_a_browser(tmp_path: Path) -> None:
         loaded = "images => images.every(image => image.complete && image.naturalWidth > 0)"
         assert page.locator("ul.items img").evaluate_all(loaded)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        maps = page.locator("ul.items img.map")
+        assert maps.count() == 2
+        for number in range(2):  # each lies exactly over its picture
+            over = maps.nth(number).bounding_box()
+            below = maps.nth(number).locator("xpath=preceding-sibling::img").bounding_box()
+            assert over is not None and below is not None
+            assert over == pytest.approx(below, abs=1.0)
+        strongest = (
+            "map => { const canvas = document.createElement('canvas'); canvas.width = canvas.height = 2;"
+            "const pen = canvas.getContext('2d'); pen.drawImage(map, 0, 0);"
+            "const seen = pen.getImageData(0, 0, 2, 2).data; return [3, 7, 11, 15].map(at => seen[at]); }"
+        )
+        clear, faint, strong, none = maps.first.evaluate(strongest)
+        assert (clear, none) == (0, 0) and 0 < faint < strong
+        page.get_by_label("Show what the answers lean on").uncheck()
+        assert not maps.first.is_visible()
         browser.close()
     assert not problems
     assert all(url.startswith(("file:", "data:")) for url in asked)

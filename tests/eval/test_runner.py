@@ -126,7 +126,6 @@ def test_killed_and_restarted_gives_the_same_report(tmp_path: Path) -> None:
 
 
 def test_two_processes_and_batches_give_the_same_report(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     assert parrot_run(tmp_path / "one.json", 0, 32).wait() == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,7 +134,6 @@ def test_two_processes_and_batches_give_the_same_report(tmp_path: Path) -> None:
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "true",
     }
     both = [
         parrot_run(tmp_path / "two.json", 0, 1, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
@@ -224,6 +222,95 @@ def test_report_has_controls_and_text_only(tmp_path: Path) -> None:
 def _answers(tmp_path: Path) -> list[dict[str, Any]]:
     lines = (tmp_path / "r.answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
+
+
+def asked_with_a_shot(shot: str, picture: str) -> Conversation:
+    return Conversation.ask([Path(shot)], "shot?").answered("a").then("q?", [Path(picture)])
+
+
+def test_shuffled_swaps_what_is_asked_about_and_leaves_the_shots() -> None:
+    before = [asked_with_a_shot(f"s{n % 5}.jpg", f"{n % 3}.jpg") for n in range(12)]
+    after = controls.shuffled(before)
+    assert [each.images[0] for each in after] == [each.images[0] for each in before]
+    assert all(old.images[1] != new.images[1] for old, new in zip(before, after, strict=True))
+
+
+def test_shuffled_knows_pictures_by_what_they_hold() -> None:
+    before = [Conversation.ask([bytes([n % 2])], f"q{n}") for n in range(6)]
+    assert [each.images[0] for each in controls.shuffled(before)] == [bytes([1 - n % 2]) for n in range(6)]
+
+
+def test_controls_that_cannot_be_made_say_why() -> None:
+    with pytest.raises(controls.NoControl, match="all examples with 1 picture have the same"):
+        controls.shuffled(conversations(["a.jpg", "a.jpg"]))
+    bare = [Conversation.ask([], "q")]
+    for name in controls.RUNS:
+        with pytest.raises(controls.NoControl, match="have no pictures"):
+            controls.run(name, bare, PARROT.Parrot().blank_image)
+
+
+def test_every_control_has_one_meaning_and_a_score_or_a_reason(tmp_path: Path) -> None:
+    block = evaluated(tmp_path)
+    assert set(controls.ABOUT) == set(block["controls"])
+    for name, row in block["controls"].items():
+        assert row["about"] == controls.ABOUT[name]
+        assert (row["metrics"] is None) == bool(row["reason"])
+
+
+def test_one_picture_cannot_be_shuffled(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    PARROT.Parrot().blank_image().save(folder / "a.png")
+    rows = [{"file_name": "a.png", "question": f"q{n}?", "answer": "red"} for n in range(12)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    block = evaluated(tmp_path, "--split", "all", task="folder-vqa", data=str(folder))
+    assert block["controls"]["shuffled"]["metrics"] is None
+    assert "the same" in block["controls"]["shuffled"]["reason"]
+    assert block["controls"]["blank"]["metrics"] is not None
+    assert block["text_only"]["control"] in ("blank", "no_image")
+
+
+def test_the_prior_of_captions_is_one_typical_training_caption() -> None:
+    train = [
+        make_example("1.jpg", "Describe.", ["a dog runs on grass", "zebras in a zoo"], "1"),
+        make_example("2.jpg", "Describe.", ["a brown dog runs on the grass", "two men talk"], "2"),
+        make_example("3.jpg", "Describe.", ["a dog runs on grass near a tree", "a red bus"], "3"),
+    ] + [make_example(f"{n}.jpg", "Describe.", [f"w{n} x{n} y{n}"], str(n)) for n in range(4, 9)]
+    found = controls.prior(train, train[:2], captions=True)
+    assert found == ["a dog runs on grass"] * 2
+    assert controls.prior(train[::-1], train[:2], captions=True) == found
+
+
+def test_the_typical_caption_has_the_highest_mean_of_plain_cosines() -> None:
+    import math
+    from collections import Counter
+
+    from vlm.eval.metrics.typical import most_typical
+
+    pictures = [
+        ["a man rides a bike down the street", "a man on a bike"],
+        ["a man rides a horse", "a cowboy on a horse in the street", "a man on a bike"],
+        ["a woman rides a bike", "a person on a red bike in the street"],
+        ["two dogs play in the snow", "dogs in snow"],
+    ]
+    texts = [text for each in pictures for text in each]
+
+    def vector(text: str, size: int) -> dict[str, float]:
+        words = text.split()
+        grams = Counter(" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+        held = {g: sum(any(f" {g} " in f" {t} " for t in each) for each in pictures) for g in grams}
+        return {gram: count * math.log(4 / held[gram]) for gram, count in grams.items()}
+
+    def cosine(one: dict[str, float], other: dict[str, float]) -> float:
+        lengths = math.hypot(*one.values()) * math.hypot(*other.values())
+        return sum(one[g] * other.get(g, 0.0) for g in one) / lengths if lengths else 0.0
+
+    def mean(text: str) -> float:
+        return sum(cosine(vector(text, n), vector(other, n)) for other in texts for n in (1, 2, 3, 4))
+
+    best, second = sorted({mean(text) for text in texts}, reverse=True)[:2]
+    assert best > second + 0.1
+    assert mean(most_typical(pictures)) == pytest.approx(best)
 
 
 def test_a_limited_run_is_marked(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Is this a farm?" in capsys.readouterr().out
 
 
+def test_differing_answers_that_were_near_ties_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = scored(tmp_path, "a", "yes"), scored(tmp_path, "b", "no")
+    assert compare(a, b)["near_ties"] is None  # answers from a file carry no margins
+    for path, margins in ((a, [2e-4, 0.5]), (b, [0.3, 0.5])):
+        items = path.with_name(f"{path.stem}.items.jsonl")
+        rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
+        for number, row in enumerate(rows):
+            row["margin"] = margins[number % 2]
+        rows[4]["answer"] = "yes"  # no difference, so no near tie either
+        items.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = compare(a, b)
+    assert (found["answers_differ"], found["near_ties"]) == (11, 5)
+    assert main(["compare", str(a), str(b)]) == 0
+    assert "11 answers differ, 5 of them near ties" in capsys.readouterr().out
+
+
 def test_reports_of_other_data_are_not_compared(tmp_path: Path) -> None:
     a, b = scored(tmp_path, "a", "yes"), scored(tmp_path, "b", "no")
     changed = json.loads(b.read_text(encoding="utf-8"))

@@ -38,6 +38,7 @@ CASES = [
     ("flickr30k", "flickr30k", "test", 11, None, None, "cider"),
     ("nocaps", "nocaps", "dev", 12, None, None, "cider"),
     ("daquar", "daquar", "test", 12, 100 / 12, 100.0, "accuracy_single"),
+    ("daquar-reduced", "daquar", "test", 12, 100 / 11, 100.0, "accuracy_single"),
     ("daquar-random", "daquar", "test", 12, 100 / 12, 100.0, "accuracy_single"),
     ("folder-vqa", "folder", "all", 3, None, 100.0, "exact_match"),
     ("folder-caption", "folder", "all", 2, None, None, "cider"),
@@ -186,6 +187,22 @@ def test_unknown_answer_type(tmp_path: Path) -> None:
         tasks.get("vqav2").examples(root)
 
 
+def test_the_reduced_set_has_files_of_its_own(tmp_path: Path) -> None:
+    name = "qa.37.raw.reduced.test.txt"
+    root = broken(tmp_path, "daquar", {name: None})
+    with pytest.raises(DataError, match="file of the reduced test part; looked for qa.37.raw.reduced.test"):
+        tasks.get("daquar-reduced").examples(root)
+    # The full set goes by its official name where both lie in one folder.
+    (root / "qa.894.raw.test.txt").write_text("what is on the chair in the image6 ?\nbox\n", encoding="utf-8")
+    assert [e.answers for e in tasks.get("daquar").examples(root, "test")] == [("box",)]
+    (root / "reduced").mkdir()
+    shutil.copy(FIXTURES / "daquar" / name, root / "reduced" / name)
+    assert len(tasks.get("daquar-reduced").examples(root)) == 12
+    (root / "images" / "image6.jpg").unlink()
+    with pytest.raises(DataError, match="line 21: picture image6 is missing"):
+        tasks.get("daquar-reduced").examples(root)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -271,3 +288,13 @@ def test_list_shows_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     for name in tasks.TASKS:
         assert name in shown
     assert "Tanti et al. 2018" in shown
+
+
+def test_every_published_figure_says_where_it_stands() -> None:
+    for name in tasks.TASKS:
+        task = tasks.get(name)
+        for figure in task.published:
+            assert any(word in figure.source for word in ("arXiv:", "ACL ", "victorzhou", "computed")), figure
+            splits = (" test", " val", " Test-P", "random", "adversarial")
+            assert any(word in figure.source for word in splits), figure
+            assert 0 < figure.value < 150
