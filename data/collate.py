@@ -1,7 +1,8 @@
 """From examples to training rows: everything said of one picture goes into one row.
 
 What an epoch shows (which captions, which questions, mirrored or not) is a function of the seed, the
-epoch and the picture alone, so neither the number of workers nor the order of work changes it.
+epoch and the picture's content alone: neither the number of workers, nor the order of work, nor the place
+where the data lies changes it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from vlm.conversation import ImageSource
 from vlm.data.example import Example
+from vlm.data.rows import BadRow
 from vlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,11 +35,15 @@ class Source:
     Attributes:
         per_image: how many (example, answer) pairs a row takes from this source at most.
         weight: weight of this source's tokens in the loss.
+        bad: rows that could not be used.
+        unused: sound rows that say nothing to learn (an opinion that makes no pair).
     """
 
     examples: Sequence[Example]
     per_image: int = 5
     weight: float = 1.0
+    bad: Sequence[BadRow] = ()
+    unused: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,22 @@ class Pair:
 
 @dataclass
 class Group:
-    """Everything that is said of one picture (or one sequence of pictures), by source."""
+    """Everything that is said of one picture (or one sequence of pictures), by source.
+
+    Attributes:
+        id: names the pictures to people: their paths.
+        key: what every drawing for the group depends on. The id, until the pictures have been read
+            (`FeatureStore`); then their contents, so that the data may lie anywhere.
+    """
 
     id: str
     images: tuple[ImageSource, ...]
     by_source: list[list[Pair]]
     per_image: tuple[int, ...]
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        self.key = self.key or self.id
 
     @cached_property
     def mirrors(self) -> bool:
@@ -66,7 +82,7 @@ class Group:
 
     def draw(self, seed: int, epoch: int) -> list[Pair]:
         """This epoch's pairs, in a fixed order."""
-        chance = seeded(seed, epoch, self.id)
+        chance = seeded(seed, epoch, self.key)
         drawn: list[Pair] = []
         for pairs, most in zip(self.by_source, self.per_image, strict=True):
             drawn += pairs if len(pairs) <= most else chance.sample(pairs, most)
@@ -90,13 +106,18 @@ def group_by_image(sources: Sequence[Source]) -> list[Group]:
         for example in source.examples:
             if not any(answer.strip() for answer in example.answers):
                 raise DataError(f"example {example.id!r} has no answer to learn")
-            name = "|".join(image_name(image) for image in example.images)
+            name = group_name(example.images)
             if name not in groups:
                 limits = tuple(s.per_image for s in sources)
                 groups[name] = Group(name, example.images, [[] for _ in sources], limits)
             pairs = [Pair(example, answer, source.weight) for answer in example.answers if answer.strip()]
             groups[name].by_source[number].extend(pairs)
     return [groups[name] for name in sorted(groups)]
+
+
+def group_name(images: Sequence[ImageSource]) -> str:
+    """The id of the group of these pictures."""
+    return "|".join(map(image_name, images))
 
 
 def image_name(image: ImageSource) -> str:

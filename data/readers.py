@@ -70,16 +70,22 @@ class Reading:
         more = f"; and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
         return f"{self.source}: {len(self.bad)} rows cannot be used: {causes}. {named}{more}"
 
+    def require_sound(self) -> None:
+        """Raises:
+        DataError: more than 1 % of the rows cannot be used, or nothing is left.
+        """
+        if self.bad_share > BAD_SHARE:
+            raise DataError(f"{self.summary()} (at most {BAD_SHARE:.0%} may be; see `vlm data check`)")
+        if not self.examples:
+            raise DataError(f"{self.source} holds no example")
+
     def checked(self) -> list[Example]:
         """The examples, after a warning that names what was left out.
 
         Raises:
             DataError: more than 1 % of the rows cannot be used, or nothing is left.
         """
-        if self.bad_share > BAD_SHARE:
-            raise DataError(f"{self.summary()} (at most {BAD_SHARE:.0%} may be; see `vlm data check`)")
-        if not self.examples:
-            raise DataError(f"{self.source} holds no example")
+        self.require_sound()
         if self.bad:
             log.warning("%s", self.summary())
         return self.examples

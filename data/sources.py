@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlm.data.convert import easy_vqa
 from vlm.data.example import Example
-from vlm.data.readers import PUBLIC, read_source
+from vlm.data.readers import PUBLIC, Reading, read_source
 from vlm.errors import DataError
 
 DATASETS = tuple(PUBLIC)
@@ -49,16 +49,26 @@ def read_dataset(name_or_dir: str | Path, root: Path | None = None, split: str =
     Raises:
         DataError: the set, the split or one of its files is not there, or more than 1 % of it cannot be used.
     """
+    return find_reading(name_or_dir, root, split).checked()
+
+
+def find_reading(name_or_dir: str | Path, root: Path | None = None, split: str = "train") -> Reading:
+    """What `read_dataset` reads, with the rows that cannot be used.
+
+    Raises:
+        DataError: the set, the split or one of its files is not there.
+    """
     name = canonical_name(str(name_or_dir))
     if name in PUBLIC and (root is not None or not Path(name_or_dir).is_dir()):
         converted = (
             [folder for folder in (root, root / name) if (folder / "dataset.json").is_file()] if root else []
         )
         if converted:
-            return read_source(converted[0], split).checked()
-        return PUBLIC[name][1](find_root(name, root), split)
+            return read_source(converted[0], split)
+        folder = find_root(name, root)
+        return Reading(str(folder), PUBLIC[name][1](folder, split))
     if not str(name_or_dir):
         raise DataError("no data set is named")
     if root is not None and not Path(name_or_dir).exists() and (root / name_or_dir).exists():
-        return read_source(root / name_or_dir, split).checked()
-    return read_source(name_or_dir, split).checked()
+        return read_source(root / name_or_dir, split)
+    return read_source(name_or_dir, split)

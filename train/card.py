@@ -16,6 +16,7 @@ from typing import Any
 from vlm.checkpoint import adapter_folder, read_config, replace_files
 from vlm.errors import DataError
 from vlm.options import make_parser
+from vlm.train import wins
 from vlm.train.curve import smoothed
 from vlm.train.preflight import duration
 from vlm.train.recipe import FREE
@@ -71,6 +72,7 @@ def card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> str:
         _training(facts, read_log(out)) if facts else "",
         _curve(out),
         _data(facts, recipe) if facts else "",
+        _preferences(out),
         _scores([_read(path) for path in reports]),
         _frozen(out, config),
         _limits(failures),
@@ -160,7 +162,10 @@ def _curve(out: Path) -> str:
 
 
 def _data(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
-    rows = []
+    rows: list[Sequence[object]] = []
+    if recipe["objective"] == "preference":
+        name = f"preference pairs ({Path(recipe['data']).name})"
+        rows.append((name, "all", "chosen beside rejected answers", 1.0, "as their owner says"))
     for source in recipe["sources"]:
         kind = "questions made from its captions" if source["questions"] else "as it is"
         licence = DATA_LICENCES.get(source["name"], "as its owner says")
@@ -173,6 +178,19 @@ def _data(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
     ]
     head = ("data", "part", "use", "weight", "licence")
     return "## Data\n\n" + table(head, rows) + "\n" + " ".join(filter(None, rest))
+
+
+def _preferences(out: Path) -> str:
+    path = out / wins.FILE
+    if not path.is_file():
+        return ""
+    found = _read(path)
+    counts = found["pairs"]
+    return (
+        f"## Preferences\n\nDirect Preference Optimization, beta {found['beta']}: {counts['trained']} pairs "
+        f"learnt, {counts['held_out']} set aside for these figures, {counts['unused']} opinions unused.\n\n"
+        + table(("score", "before", "after"), wins.rows(found))
+    )
 
 
 def _name(source: dict[str, Any], recipe: dict[str, Any]) -> str:

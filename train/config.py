@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.config import ModelConfig, from_dict
 from vlm.errors import ConfigError
 
-OBJECTIVES = ("likelihood", "cider", "words")
+OBJECTIVES = ("likelihood", "cider", "words", "preference")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class TrainConfig:
     sources: tuple[SourceConfig, ...] = ()
     """What to learn from."""
     data: str = ""
-    """Folder of the data (`data=DIR` on the command line)."""
+    """Folder of the data (`data=DIR` on the command line); preference pairs, or a feedback database."""
     out: str = "runs/adapter"
     """Folder of the adapter and its training state."""
     steps: int = 1000
@@ -126,10 +127,15 @@ class TrainConfig:
     """Pictures a forward pass; 0: as many of the batch as memory holds."""
     objective: str = "likelihood"
     """`likelihood`; `cider`: besides the sources' answers, captions sampled and rewarded by CIDEr; `words`:
-    the answers' words alone, learnt without the language model."""
+    the answers' words alone, learnt without the language model; `preference`: of two answers to prefer the
+    one that people did."""
     words: WordsConfig = field(default_factory=WordsConfig)
     samples: int = 5
     """Captions sampled a picture, where the objective is `cider`."""
+    beta: float = 0.1
+    """How closely the adapter is held to the one it starts from, where the objective is `preference`."""
+    holdout_captions: str = ""
+    """A captioned data set that 100 pictures are described of before and after (objective `preference`)."""
     flip: float = 0.5
     """Share of pictures seen mirrored (never those whose words say left or right)."""
     smoothing: float = 0.0
@@ -163,6 +169,7 @@ class TrainConfig:
             raise ConfigError(f"objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if self.objective == "cider" and self.samples < 2:
             raise ConfigError("the objective cider compares samples: samples must be at least 2")
+        self._check_preference()
         if self.steps < 1 or self.batch < 1 or self.micro < 0:
             raise ConfigError("steps and batch must be at least 1, micro at least 0")
         if self.save_every < 1 or self.keep < 1 or self.log_every < 1:
@@ -172,6 +179,20 @@ class TrainConfig:
         told = self.hints
         if min(told.drop, told.swap) < 0 or told.drop + told.swap > 1 or not 0 <= told.naming <= 1:
             raise ConfigError("hints: drop, swap and naming are shares, drop and swap together at most 1")
+
+    def _check_preference(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ConfigError("beta must be above 0")
+        if self.objective != "preference":
+            if self.holdout_captions:
+                raise ConfigError("holdout_captions is for the objective preference alone")
+            return
+        if not self.start:
+            raise ConfigError("the objective preference changes a trained adapter: say start=ADAPTER")
+        if self.sources or self.words.steps:
+            raise ConfigError(
+                "preference learns the pairs that data names: it has no sources and no words.steps"
+            )
 
 
 def recipe_config(values: dict[str, Any]) -> TrainConfig:

@@ -21,7 +21,7 @@ NAMING = (
     "What is that?",
     "What is this called?",
     "What is shown here?",
-    "What thing is this?",
+    "What is in the picture?",
 )
 
 
@@ -29,7 +29,7 @@ def drawn_hints(
     group: Group, view: str, epoch: int, groups: Sequence[Group], store: FeatureStore, config: TrainConfig
 ) -> list[str]:
     """A hint for each picture of the group, as this epoch tells it."""
-    chance = seeded(config.seed, epoch, group.id, "hints")
+    chance = seeded(config.seed, epoch, group.key, "hints")
     draw = chance.random()
     labels = store.labels(group, view)
     if draw < config.hints.drop:
@@ -50,7 +50,7 @@ def naming(
     config: TrainConfig,
 ) -> list[tuple[Tokens, float]]:
     """A question after what a picture shows, where the classifier is sure of it; often none."""
-    chance = seeded(config.seed, epoch, group.id, "naming")
+    chance = seeded(config.seed, epoch, group.key, "naming")
     labels = store.labels(group, view)
     if len(labels) != 1 or chance.random() >= config.hints.naming:
         return []

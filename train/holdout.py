@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlm.config import CAPTION_PROMPT
 from vlm.data.example import Example
@@ -20,6 +20,40 @@ FILE = "holdout.json"
 SHOWN = 4
 MOST = 400
 """Examples asked at most, the first ones: a look, not a benchmark."""
+
+
+class Judge(Protocol):
+    """What a model is asked before and after a run; answers are plain values, kept as JSON meanwhile."""
+
+    @property
+    def file(self) -> str:
+        """Name of the report in the run's folder."""
+
+    def ask(self, model: VLM) -> dict[str, Any]:
+        """What the model says now."""
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Both beside each other."""
+
+    def show(self, found: dict[str, Any]) -> None:
+        """The report for people, on standard output."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Asks about the pictures that were set aside."""
+
+    examples: Sequence[Example]
+    file: str = FILE
+
+    def ask(self, model: VLM) -> dict[str, Any]:
+        return vars(ask(model, self.examples))
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        return report(self.examples, Asked(**before), Asked(**after))
+
+    def show(self, found: dict[str, Any]) -> None:
+        show(found)
 
 
 @dataclass
@@ -86,11 +120,11 @@ def report(examples: Sequence[Example], before: Asked, after: Asked) -> dict[str
     return {"pictures": pictures, "before": before.scores, "after": after.scores, "answers": rows}
 
 
-def write(out: Path, found: dict[str, Any]) -> None:
-    """Writes `holdout.json` whole."""
-    partial = out / f".{FILE}.partial"
+def write_report(path: Path, found: dict[str, Any]) -> None:
+    """Writes a report whole, or leaves the one that is there."""
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, out / FILE)
+    os.replace(partial, path)
 
 
 def show(found: dict[str, Any]) -> None:

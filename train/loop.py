@@ -63,7 +63,7 @@ class Step:
 class Part:
     """A micro-batch: its rows, their images' features, and the mean reward of its sampled captions.
 
-    `targets` stands for the rows where words are learnt, not sentences.
+    `targets` stands for the rows where words are learnt, and beside them where pairs of answers are.
     """
 
     rows: list[Row]
@@ -260,7 +260,7 @@ class Trainer:
     def view(self, group: Group, epoch: int) -> str:
         """How an epoch shows a group's pictures."""
         mirrored = (
-            group.mirrors and seeded(self.config.seed, epoch, group.id, "view").random() < self.config.flip
+            group.mirrors and seeded(self.config.seed, epoch, group.key, "view").random() < self.config.flip
         )
         return "flip" if mirrored else "whole"
 

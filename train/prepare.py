@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from vlm.config import CAPTION_PROMPT, HintsConfig
-from vlm.data.collate import Group, Source, group_by_image, image_name
+from vlm.data.collate import Group, Source, group_by_image, group_name
 from vlm.data.example import Example
-from vlm.data.sources import read_dataset
+from vlm.data.readers import Reading
+from vlm.data.sources import find_reading
 from vlm.data.splits import split_by_image
 from vlm.data.text import normalise_caption
 from vlm.errors import ConfigError, DataError
@@ -20,12 +21,11 @@ from vlm.features import Features
 from vlm.hints import likely_labels
 from vlm.images import ImageError, open_picture
 from vlm.train.config import SourceConfig, TrainConfig
+from vlm.train.pairs import pair_sources
 from vlm.train.shapes import SHAPES, shapes
 
 MEMORY = 6 << 30
 """Bytes of features held in memory; the rest is read from the cache, step by step."""
-BAD_SHARE = 0.01
-"""Unreadable pictures that a run goes on without; more than this share stop it."""
 HOLDOUT_SALT = "holdout"
 
 Progress = Callable[[str, int, int], None]
@@ -37,36 +37,38 @@ def read_sources(config: TrainConfig) -> list[Source]:
 
     Raises:
         ConfigError: the recipe names none.
-        DataError: one cannot be read.
+        DataError: one cannot be read, or more than 1 % of its rows cannot be used.
     """
+    if config.objective == "preference":
+        return pair_sources(config.data)
     if not config.sources:
         raise ConfigError("the recipe names no sources")
-    return [
-        Source([spoken(e) for e in read_source(source, config)], source.per_image, source.weight)
-        for source in config.sources
-    ]
+    return [read_source(source, config) for source in config.sources]
 
 
-def read_source(source: SourceConfig, config: TrainConfig) -> Sequence[Example]:
-    """The examples of one source."""
+def read_source(source: SourceConfig, config: TrainConfig) -> Source:
+    """One source, with the rows of it that cannot be used."""
     if source.name == SHAPES:
-        return shapes(source.limit or 64, config.seed)
+        examples: Sequence[Example] = shapes(source.limit or 64, config.seed)
+        return Source([spoken(e) for e in examples], source.per_image, source.weight)
     if not source.name and not config.data:
         raise ConfigError("say where your pictures are: data=FOLDER")
     root = Path(config.data) if config.data else None
-    examples: Sequence[Example] = read_dataset(source.name or config.data, root, source.split)
+    reading: Reading = find_reading(source.name or config.data, root, source.split)
+    reading.require_sound()
+    examples = reading.examples
     if source.limit:
         examples = first_pictures(examples, source.limit)
     if source.questions:
         from vlm.data.questions import questions_from_captions
 
         examples = questions_from_captions(examples, seed=config.seed)
-    return examples
+    return Source([spoken(e) for e in examples], source.per_image, source.weight, reading.bad)
 
 
 def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
     """Everything said of the first `count` pictures."""
-    names = ["|".join(map(image_name, example.images)) for example in examples]
+    names = [group_name(example.images) for example in examples]
     kept = set(list(dict.fromkeys(names))[:count])
     return [example for example, name in zip(examples, names, strict=True) if name in kept]
 
@@ -112,6 +114,8 @@ class FeatureStore:
     picture differ in their last bits between batch sizes, and a resumed run must not see that. Several
     processes begin at different places, so that each finds most of the others' work done.
 
+    Every group's key becomes its pictures' contents, on which all drawing depends from then on.
+
     Attributes:
         bad: why pictures cannot be used, by the group's id; such groups have no features.
     """
@@ -127,7 +131,7 @@ class FeatureStore:
         processes: int = 1,
     ) -> None:
         self.features, self.hints = features, hints
-        self.bad: dict[str, str] = {}
+        self.bad: dict[str, ImageError] = {}
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._held: dict[tuple[str, str], Tensor] = {}
         self._labels: dict[tuple[str, str], Labels] = {}
@@ -138,14 +142,12 @@ class FeatureStore:
             try:
                 self._add(group, ("whole", "flip") if flip > 0 and group.mirrors else ("whole",))
             except ImageError as problem:
-                self.bad[group.id] = str(problem)
+                self.bad[group.id] = problem
             progress("reading pictures", done + 1, len(groups))
-        if len(self.bad) > BAD_SHARE * len(groups):
-            first = "; ".join(list(self.bad.values())[:5])
-            raise DataError(f"{len(self.bad)} of {len(groups)} pictures cannot be used: {first}")
 
     def _add(self, group: Group, views: Sequence[str]) -> None:
         pictures = [open_picture(image) for image in group.images]
+        group.key = "|".join(picture.sha256 for picture in pictures)
         for view in views:
             found = self.features.see(pictures, view, scored=self.hints.count > 0)
             seen, names = found.features, self.features.encoder.labels
@@ -154,6 +156,10 @@ class FeatureStore:
             if self._bytes < MEMORY:
                 self._held[group.id, view] = seen.half()
                 self._bytes += seen.numel() * 2
+
+    def usable(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that have features, ordered by content: the same wherever the data lies."""
+        return sorted((group for group in groups if group.id not in self.bad), key=lambda group: group.key)
 
     def __call__(self, group: Group, view: str) -> Tensor:
         """(I, N, D_v) of the group's pictures; the whole view where there is no mirrored one."""

@@ -15,9 +15,11 @@ from vlm.train.config import SourceConfig, TrainConfig, recipe_config
 
 RECIPES = Path(__file__).parent / "recipes"
 FREE = (
-    "out", "data", "save_every", "keep", "log_every", "note", "feature_cache", "trackers",
+    "out", "data", "save_every", "keep", "log_every", "note", "feature_cache", "trackers", "holdout_captions",
 )  # fmt: skip
 """Keys that may differ between a run and its continuation."""
+TEXTS = ("data", "out", "start", "note", "holdout_captions")
+"""Keys whose value is text, whatever YAML makes of "2024" or "yes"."""
 
 
 def shipped() -> dict[str, str]:
@@ -75,8 +77,7 @@ def _set(values: dict[str, Any], setting: str) -> None:
         if isinstance(place, list):
             place[int(last)] = yaml.safe_load(text)
         elif isinstance(place, dict):
-            # A path or a note is text, whatever YAML makes of "2024" or "yes".
-            place[last] = text if last in ("data", "out", "start", "note") else yaml.safe_load(text)
+            place[last] = text if last in TEXTS else yaml.safe_load(text)
         else:
             raise ConfigError(f"{key} cannot be set: {path[-1]} holds no keys")
     except (ValueError, IndexError, AttributeError, yaml.YAMLError) as problem:

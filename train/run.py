@@ -16,21 +16,29 @@ from accelerate import Accelerator
 
 from vlm.checkpoint import build_model, load_model
 from vlm.config import to_dict
-from vlm.data.collate import Group
+from vlm.data.collate import Group, Source
 from vlm.data.example import Example
+from vlm.data.readers import Reading
 from vlm.features import FeatureCache
 from vlm.model import VLM
-from vlm.train import holdout
+from vlm.train import checks
 from vlm.train.card import write_card
 from vlm.train.config import TrainConfig
+from vlm.train.holdout import Held, Judge, write_report
 from vlm.train.loop import Trainer
+from vlm.train.pairs import paired
+from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
 from vlm.train.prepare import FeatureStore, groups_of, read_sources, set_aside
 from vlm.train.record import Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
+from vlm.train.wins import Wins, caption_examples
 from vlm.train.words import WordTrainer
 from vlm.weights_cache import cache_root
+
+TRAINERS: dict[str, type[Trainer]] = {"words": WordTrainer, "preference": PreferenceTrainer}
+"""Objectives with a loop of their own."""
 
 
 def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, device: str = "auto") -> bool:
@@ -56,21 +64,26 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         shutil.rmtree(out / "state", ignore_errors=True)
     accelerator.wait_for_everyone()
     with Screen(accelerator.is_main_process) as screen:
-        model = make_model(config, offline, start)
         sources, held = set_aside(read_sources(config), config.holdout)
+        model = make_model(config, offline, start)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
-        before = _before(model, held, out) if held and accelerator.is_main_process else None
-        kind = WordTrainer if config.objective == "words" else Trainer
+        reading, held = checks.check(config.data or "the data", sources, held, store)
+        screen.say(checks.check_text(reading))
+        if checks.own(config):
+            screen.say(checks.sample_text(model, groups, store, config.seed))
+        judge = _judge(config, sources, held, screen)
+        before = _before(model, judge, out) if judge and accelerator.is_main_process else None
+        kind = TRAINERS.get(config.objective, Trainer)
         trainer = kind(model, config, groups, store, lambda _: None, accelerator)
         trainer.resume(screen.say)
-        done = _run(trainer, screen, held)
-    if before is not None and done:
+        done = _run(trainer, screen, held, reading)
+    if judge is not None and before is not None and done:
         # The adapter as it was saved, on the frozen parts as others will load them.
         saved = load_model(out, offline=offline, device=str(accelerator.device))
         saved.features.cache = model.features.cache
-        found = holdout.report(held, before, holdout.ask(saved, held))
-        holdout.write(out, found)
-        holdout.show(found)
+        found = judge.report(before, judge.ask(saved))
+        write_report(out / judge.file, found)
+        judge.show(found)
     if model.features.cache is not None:
         model.features.cache.close()
     if accelerator.is_main_process:
@@ -116,7 +129,7 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
 def prepare(
     config: TrainConfig, model: VLM, groups: list[Group], screen: Screen, accelerator: Accelerator
 ) -> tuple[list[Group], FeatureStore]:
-    """Encodes every picture; the groups whose pictures can be read."""
+    """Encodes every picture; the groups whose pictures can be read, ordered by content."""
     model.encoder.to(accelerator.device)
     store = FeatureStore(
         model.features,
@@ -127,28 +140,42 @@ def prepare(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    for reason in store.bad.values():
-        screen.say(f"left out: {reason}")
-    return [group for group in groups if group.id not in store.bad], store
+    return store.usable(groups), store
 
 
-def _before(model: VLM, held: Sequence[Example], out: Path) -> holdout.Asked:
+def _judge(
+    config: TrainConfig, sources: Sequence[Source], held: Sequence[Example], screen: Screen
+) -> Judge | None:
+    """What is asked before and after the run; None where nothing is."""
+    if config.objective != "preference":
+        return Held(held) if held else None
+    trained, unused = len(sources[0].examples), sum(source.unused for source in sources)
+    pairs = paired(held)
+    screen.say(
+        f"{trained} preference pairs to learn, {len(pairs)} set aside; "
+        f"{unused} opinions make no pair and are not used"
+    )
+    return Wins(pairs, caption_examples(config.holdout_captions), trained, unused, config.beta)
+
+
+def _before(model: VLM, judge: Judge, out: Path) -> dict[str, Any]:
     """What the model said before it was trained; a continued run remembers it."""
     kept = out / "state" / "before.json"
     if newest_valid(out / "state")[0] is not None and kept.is_file():
-        return holdout.Asked(**json.loads(kept.read_text("utf-8")))
-    found = holdout.ask(model, held)
+        found: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+        return found
+    found = judge.ask(model)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(vars(found)), encoding="utf-8")
+    kept.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
-def _run(trainer: Trainer, screen: Screen, held: Sequence[Example]) -> bool:
+def _run(trainer: Trainer, screen: Screen, held: Sequence[Example], reading: Reading) -> bool:
     """Preflight, the steps, and what is written down of them."""
     config = trainer.config
     plan = preflight(trainer)
     screen.say(plan.text())
-    facts = _facts(trainer, plan, held)
+    facts = _facts(trainer, plan, held) | {"left_out": [str(row) for row in reading.bad]}
     record = Record(config, trainer.accelerator, screen, trainer.step, facts)
     trainer.report = record
     earlier = trainer.seconds

@@ -80,6 +80,8 @@ def selftest(config: TrainConfig, *, offline: bool, steps: int = STEPS) -> tuple
         model = make_model(config, offline)
         groups = told_apart(groups_of(read_sources(config)))
         store = FeatureStore(model.features, groups, 0.0, model.config.hints, screen.progress)
+        if store.bad:
+            raise next(iter(store.bad.values()))
         losses: list[float] = []
 
         def report(step: Step) -> None:

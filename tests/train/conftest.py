@@ -70,7 +70,7 @@ def trainer_of() -> Iterator[Callable[[TrainConfig], tuple[Trainer, list[Step]]]
 
         from vlm.train.loop import Trainer
         from vlm.train.prepare import groups_of, read_sources
-        from vlm.train.run import make_model, prepare
+        from vlm.train.run import TRAINERS, make_model, prepare
         from vlm.train.screen import Screen
 
         accelerator = Accelerator(cpu=True)
@@ -84,7 +84,8 @@ def trainer_of() -> Iterator[Callable[[TrainConfig], tuple[Trainer, list[Step]]]
             config, model, groups_of(read_sources(config)), Screen(enabled=False), accelerator
         )
         steps: list[Step] = []
-        return Trainer(model, config, groups, store, steps.append, accelerator), steps
+        kind = TRAINERS.get(config.objective, Trainer)
+        return kind(model, config, groups, store, steps.append, accelerator), steps
 
     yield make
     for cache in caches:

@@ -48,6 +48,10 @@ def data(tmp_path: Path, draw: Callable[..., Image.Image]) -> dict[str, Path | N
     with open(tmp_path / "own" / "metadata.csv", "w", newline="") as file:
         asked = [[name, "What is it?", "dog" if n % 2 else "cat"] for n, name in enumerate(pictures)]
         csv.writer(file).writerows([["file_name", "question", "answer"], *asked])
+    liked = [
+        {"images": [name], "question": "What is it?", "chosen": "dog", "rejected": "cat"} for name in pictures
+    ]
+    (tmp_path / "own" / "pairs.jsonl").write_text("\n".join(map(json.dumps, liked)))
     for n, picture in enumerate(pictures.values()):
         picture.save(folder("daquar", "images") / f"image{n}.png")
         picture.save(folder("easy-vqa", "train", "images") / f"{n}.png")
@@ -100,7 +104,10 @@ def test_every_recipe_runs_for_two_steps(
     assert str(tmp_path) not in card
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "events").rglob("events.out.tfevents.*"))
-    if recipe.holdout:
+    if recipe.objective == "preference":
+        found = json.loads((out / "preference.json").read_text())
+        assert found["pairs"] == {"trained": 3, "held_out": 1, "unused": 0}
+    elif recipe.holdout:
         held = json.loads((out / "holdout.json").read_text())
         assert held["pictures"] == 1
         assert set(held["before"]) == set(held["after"])

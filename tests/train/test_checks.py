@@ -1,0 +1,202 @@
+"""The data check of a run, and runs that do not care where their data lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vlm.data.collate import group_by_image
+from vlm.errors import DataError
+from vlm.images import open_picture
+from vlm.train.config import SourceConfig
+
+if TYPE_CHECKING:
+    from vlm.train.config import TrainConfig
+    from vlm.train.loop import Step, Trainer
+
+Recipe = Callable[..., "TrainConfig"]
+TrainerOf = Callable[["TrainConfig"], "tuple[Trainer, list[Step]]"]
+PICTURES = 8
+
+
+@pytest.fixture
+def own(tmp_path: Path, draw: Callable[..., Any]) -> Callable[..., Path]:
+    """`own(rows)`: a folder of 8 pictures about which so many questions are asked."""
+
+    def make(rows: int = 24, place: str = "own") -> Path:
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        lines = ["file_name,question,answer"]
+        for number in range(PICTURES):
+            draw(number).save(folder / f"{number}.png")
+        for number in range(rows):
+            lines.append(f"{number % PICTURES}.png,What is number {number}?,{'dog' if number % 2 else 'man'}")
+        (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+        return folder
+
+    return make
+
+
+def of(recipe: Recipe, folder: Path, **keys: Any) -> TrainConfig:
+    return recipe(sources=(SourceConfig(per_image=2),), data=str(folder), **keys)
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_a_few_bad_rows_are_left_out_counted_and_named(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.train.run import train
+
+    folder = own(800)
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes())
+    cut(folder / "cut.png")
+    with open(folder / "metadata.csv", "a", encoding="utf-8") as file:
+        file.write("cut.png,What?,dog\nabsent.png,What?,dog\n0.png,What?,\n")
+    config = of(recipe, folder, steps=1)
+    assert train(config, offline=True)
+    said = capsys.readouterr().err
+    assert f"{folder}: 3 of 803 rows are left out: " in said
+    assert "1 x picture truncated" in said
+    assert "1 x picture missing" in said
+    assert "1 x empty answer" in said
+    assert "metadata.csv:803: picture missing (absent.png)" in said
+    shown = said.split("stands in [[ ]]:")[1]
+    assert shown.count("[[") == 3
+    assert "<|im_start|>user\n" in shown
+    assert "<|im_end|>]]" in shown
+    facts = json.loads((Path(config.out) / "run.json").read_text())
+    assert len(facts["left_out"]) == 3
+    assert any(
+        "cut.png" in row and row.startswith("metadata.csv:802: picture truncated")
+        for row in facts["left_out"]
+    )
+    assert facts["unreadable"] == 1
+
+
+def test_a_sound_folder_is_said_to_be_so(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.train.run import train
+
+    folder = own()
+    assert train(of(recipe, folder, steps=1), offline=True)
+    assert f"{folder}: all of its 24 rows can be used" in capsys.readouterr().err
+    assert train(recipe(steps=1), offline=True, fresh=True)
+    assert "[[" not in capsys.readouterr().err, "drawn shapes are nobody's own pictures"
+
+
+def test_more_than_one_in_a_hundred_stops_the_run(own: Callable[..., Path], recipe: Recipe) -> None:
+    from vlm.train.run import train
+
+    folder = own()
+    cut(folder / "3.png")
+    config = of(recipe, folder, steps=1)
+    with pytest.raises(DataError, match=r"3 rows cannot be used: 3 x picture truncated\. metadata\.csv:5: "):
+        train(config, offline=True)
+    assert not (Path(config.out) / "adapter.safetensors").exists()
+
+
+def test_rows_and_pictures_are_counted_together(own: Callable[..., Path], recipe: Recipe) -> None:
+    """Less than 1 % of each, more of both."""
+    from vlm.train.run import train
+
+    folder = own(400)
+    for number in range(3):
+        (folder / f"bad{number}.png").write_bytes(b"hello")
+    with open(folder / "metadata.csv", "a", encoding="utf-8") as file:
+        file.write("bad0.png,What?,a\nbad1.png,What?,a\nbad2.png,What?,a\n" + "absent.png,What?,dog\n" * 3)
+    with pytest.raises(DataError, match="6 rows cannot be used: .*3 x picture format"):
+        train(of(recipe, folder, steps=1), offline=True)
+
+
+def test_pictures_that_were_set_aside_are_checked_and_the_others_decoded_once(
+    own: Callable[..., Path], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    from vlm.train import checks, prepare
+    from vlm.train.run import make_model
+    from vlm.train.run import prepare as encode
+    from vlm.train.screen import Screen
+
+    opened: Counter[str] = Counter()
+
+    def counting(source: Any) -> Any:
+        opened[str(source)] += 1
+        return open_picture(source)
+
+    monkeypatch.setattr(prepare, "open_picture", counting)
+    monkeypatch.setattr(checks, "open_picture", counting)
+    folder = own(800)
+    config = of(recipe, folder, holdout=0.5)
+    with open(folder / "metadata.csv", "a", encoding="utf-8") as file:
+        for number in range(4):
+            (folder / f"bad{number}.png").write_bytes(b"hello")
+            file.write(f"bad{number}.png,What?,dog\n")
+    sources, held = prepare.set_aside(prepare.read_sources(config), config.holdout)
+    broken = [str(image) for example in held for image in example.images if "bad" in str(image)]
+    assert 0 < len(broken) < 4
+    model = make_model(config, offline=True)
+    groups, store = encode(config, model, group_by_image(sources), Screen(False), Accelerator(cpu=True))
+    reading, usable = checks.check("own", sources, held, store)
+    assert len(reading.bad) == 4
+    assert len(usable) == len(held) - len(broken)
+    assert not any("bad" in str(image) for example in usable for image in example.images)
+    assert len(groups) + len({example.images for example in usable}) == PICTURES
+    assert len(opened) == PICTURES + 4
+    assert set(opened.values()) == {1}
+    assert model.features.cache is not None
+    model.features.cache.close()
+
+
+def test_where_the_data_lies_changes_nothing(
+    own: Callable[..., Path], recipe: Recipe, trainer_of: TrainerOf, tmp_path: Path
+) -> None:
+    """The same losses under another path and other names; and a run goes on after a move."""
+    folder = own(24, "z/own")
+    other = tmp_path / "a" / "elsewhere"
+    other.mkdir(parents=True)
+    table = (folder / "metadata.csv").read_text()
+    for number in range(PICTURES):
+        shutil.copy(folder / f"{number}.png", other / f"renamed{9 - number}.png")
+        table = table.replace(f"\n{number}.png", f"\nrenamed{9 - number}.png")
+    (other / "metadata.csv").write_text(table)
+    keys: dict[str, Any] = {"flip": 0.5, "steps": 6, "batch": 3, "sizes": {"dropout": 0.2}}
+    first, steps = trainer_of(of(recipe, folder, **keys, out=str(tmp_path / "first")))
+    assert all(group.id.startswith(str(folder)) for group in first.groups)
+    first.learn(save=False)
+    begun, some = trainer_of(of(recipe, folder, **keys))
+    begun.report = lambda step: begun.stop() if step.step == 4 else None
+    begun.learn()
+    moved, rest = trainer_of(of(recipe, other, **keys))
+    assert all(group.id.startswith(str(other)) for group in moved.groups)
+    assert [group.key for group in moved.groups] == [group.key for group in first.groups]
+    moved.resume()
+    assert moved.step == 4
+    moved.learn(save=False)
+    assert [step.loss for step in rest] == [step.loss for step in steps[4:]]
+    fresh, again = trainer_of(of(recipe, other, **keys, out=str(tmp_path / "third")))
+    fresh.learn(save=False)
+    assert [step.loss for step in again] == [step.loss for step in steps]
+    assert some == []
+
+
+def test_another_seed_draws_otherwise(
+    own: Callable[..., Path], recipe: Recipe, trainer_of: TrainerOf
+) -> None:
+    trainer, _ = trainer_of(of(recipe, own()))
+    group = trainer.groups[0]
+    draws = {tuple(p.example.id for p in group.draw(seed, 0)) for seed in range(20)}
+    assert len(draws) > 1
+    assert group.draw(3, 1) == replace(group, id="somewhere/else.png").draw(3, 1)
