@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm.checkpoint import adapter_folder, model_config, read_config
@@ -77,8 +77,9 @@ def remember(
     """
     begun = (folder / SETTINGS).exists()
     memory = Memory.load(folder, features) if begun else Memory(features, MemoryConfig())
-    chosen = {name: value for name, value in (("count", count), ("least", least)) if value is not None}
-    memory.config = replace(memory.config, **chosen)
+    memory.config = MemoryConfig(
+        memory.config.count if count is None else count, memory.config.least if least is None else least
+    )
     captioned = captions_by_picture(source, split)
     done = Remembered(memory)
     pictures = list(captioned)

@@ -198,11 +198,9 @@ def frozen_memory(model: VLM, bf16: bool) -> int:
 
 def _products(module: nn.Module) -> int:
     """Weights that a token is multiplied with, the vocabulary projection included: its multiply-adds."""
-    return sum(
-        part.weight.numel()
-        for part in module.modules()
-        if getattr(getattr(part, "weight", None), "ndim", 0) == 2 and not isinstance(part, nn.Embedding)
-    )
+    weights = [part.weight for part in module.modules() if not isinstance(part, nn.Embedding) and
+               isinstance(getattr(part, "weight", None), Tensor)]  # fmt: skip
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2)
 
 
 def _size(module: nn.Module) -> int:
