@@ -66,6 +66,8 @@ def card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> str:
     config = read_config(out)
     facts = read_facts(out)
     recipe = facts.get("recipe", {})
+    if recipe and "model" in facts:
+        recipe = {**recipe, "model": facts["model"]}  # the sizes of the adapter that it started from
     parts = [
         _head(config, recipe),
         _use(out),
@@ -257,6 +259,6 @@ def _recipe(recipe: dict[str, Any]) -> str:
     # Where things lay on one machine is nobody else's business.
     shown = {key: value for key, value in recipe.items() if key not in FREE or key == "note"}
     shown["start"] = Path(shown["start"]).name
-    chosen = {"vision", "language_model", "adapter", shown["model"]["adapter"]}
+    chosen = {"vision", "language_model", "hints", "adapter", shown["model"]["adapter"]}
     shown["model"] = {key: value for key, value in shown["model"].items() if key in chosen}
     return "## Recipe\n\n```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```\n"
