@@ -2,7 +2,8 @@
 
     python examples/contact_sheet.py docs/contact-sheet.png [--adapter DIR]
 
-Nothing is selected: every sample is shown. An answer or a caption is right when it holds one of the words below.
+Nothing is selected: every sample is shown. An answer is right when it holds one of the words below; so is a
+caption, unless it holds one of the words for what is not there.
 """
 
 from __future__ import annotations
@@ -19,37 +20,46 @@ from vlm.images import open_picture
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 RIGHT, WRONG = "#1a7f37", "#b3261e"
 
-ASKED: dict[str, tuple[set[str], list[tuple[str, set[str]]]]] = {
+# Of each sample: words for what it shows, words for what is not there, and two questions with right answers.
+ASKED: dict[str, tuple[set[str], set[str], list[tuple[str, set[str]]]]] = {
     "astronaut.jpg": (
         {"astronaut", "woman", "suit"},
+        {"man", "dog", "football"},
         [("Is there a person in the picture?", {"yes"}), ("What colour is the suit?", {"orange"})],
     ),
     "camera.jpg": (
         {"camera", "tripod", "photographer"},
+        {"woman", "dog", "sitting"},
         [("Is there a dog in the picture?", {"no"}), ("What is the man holding?", {"camera"})],
     ),
     "cat.jpg": (
         {"cat", "kitten"},
+        {"dog", "man", "water"},
         [("What animal is in the picture?", {"cat"}), ("How many cats are there?", {"one", "1"})],
     ),
     "coffee.jpg": (
         {"coffee", "cup", "mug"},
+        {"man", "woman", "dog"},
         [("Is there a cup in the picture?", {"yes"}), ("Is there a dog in the picture?", {"no"})],
     ),
     "coins.jpg": (
         {"coin", "coins"},
+        {"man", "people", "rock"},
         [("Are there people in the picture?", {"no"}), ("What is in the picture?", {"coins", "coin"})],
     ),
     "galaxies.jpg": (
         {"galaxies", "galaxy", "stars", "sky", "night", "space"},
+        {"man", "person", "people"},
         [("Is there a car in the picture?", {"no"}), ("What colour is the sky?", {"black", "dark"})],
     ),
     "grass.jpg": (
         {"grass"},
+        {"dog", "man", "woman", "people"},
         [("Is there grass in the picture?", {"yes"}), ("Is there a man in the picture?", {"no"})],
     ),
     "rocket.jpg": (
         {"rocket", "launch", "tower"},
+        {"man", "people", "boat"},
         [("Is there water in the picture?", {"no"}), ("What is in the picture?", {"rocket", "missile"})],
     ),
 }
@@ -61,8 +71,9 @@ def answers(model: VLM) -> dict[str, list[tuple[str, str, bool]]]:
     captions = model.caption([SAMPLES / name for name in names])
     sheet = {}
     for name, caption in zip(names, captions, strict=True):
-        words, questions = ASKED[name]
-        lines = [("", caption.text, holds(caption.text, words))]
+        words, absent, questions = ASKED[name]
+        fits = holds(caption.text, words) and not holds(caption.text, absent)
+        lines = [("", caption.text, fits)]
         conversations = [Conversation.ask([SAMPLES / name], question) for question, _ in questions]
         for (question, right), answer in zip(questions, model.ask_batch(conversations), strict=True):
             lines.append((question, answer.text, holds(answer.text, right)))
