@@ -56,7 +56,7 @@ def average(
     for folder in folders:
         if folder.resolve() == out.resolve():
             raise WeightsError(f"{out} is one of the adapters to be averaged: name another folder")
-    soup = []
+    soup: list[Ingredient] = []
     for name, folder, share in zip(adapters, folders, shares, strict=True):
         config = read_config(folder)
         if soup:

@@ -55,7 +55,8 @@ def test_answers_to_questions_count_in_full() -> None:
         turns = Conversation.ask(["a"], question).turns
         example = Example(images=("a",), turns=turns, answers=(answer,), id=question)
         group.by_source.append([Pair(example, answer, 1.0)])
-    assert word_shares(group) == {"dog": 0.5, "runs": 0.25, "sits": 0.5, "cat": 1.0, "light": 1.0, "blue": 1.0}
+    said = word_shares(group)
+    assert said == {"dog": 0.5, "runs": 0.25, "sits": 0.5, "cat": 1.0, "light": 1.0, "blue": 1.0}
 
 
 def test_an_untaught_head_says_how_common_words_are() -> None:
@@ -81,7 +82,8 @@ def test_words_are_learnt_and_the_rest_stays(adapter: str, recipe: Recipe, train
     trainer, steps = words_trainer(config, trainer_of)
     before = {name: value.clone() for name, value in trainer.adapter.state_dict().items()}
     trainer.learn(save=False)
-    assert steps[-1].loss < 0.97 * steps[0].loss
+    first, last = (sum(step.loss for step in epoch) for epoch in (steps[:3], steps[-3:]))
+    assert last < 0.97 * first  # epochs of 12 pictures: batches differ in how many words are said
     moved = {n for n, value in trainer.adapter.state_dict().items() if not torch.equal(value, before[n])}
     assert moved
     if adapter == "flamingo":
