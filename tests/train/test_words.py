@@ -68,22 +68,15 @@ def test_an_untaught_head_says_how_common_words_are() -> None:
     torch.testing.assert_close(said, frequency.expand(2, 3), atol=0.05, rtol=0.3)
 
 
-def words_trainer(config: TrainConfig, trainer_of: TrainerOf) -> tuple[Any, list[Step]]:
-    from vlm.train.words import WordTrainer
-
-    plain, steps = trainer_of(config)
-    return WordTrainer(plain.model, config, plain.groups, plain.store, steps.append, plain.accelerator), steps
-
-
 @pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
 def test_words_are_learnt_and_the_rest_stays(adapter: str, recipe: Recipe, trainer_of: TrainerOf) -> None:
-    config = recipe(adapter, objective="words", steps=150, words=WordsConfig(rarest=1))
-    config = replace(config, optim=replace(config.optim, lr=2e-2))
-    trainer, steps = words_trainer(config, trainer_of)
+    config = recipe(adapter, objective="words", steps=300, words=WordsConfig(rarest=1))
+    config = replace(config, optim=replace(config.optim, lr=1e-2))
+    trainer, steps = trainer_of(config)
     before = {name: value.clone() for name, value in trainer.adapter.state_dict().items()}
     trainer.learn(save=False)
     first, last = (sum(step.loss for step in epoch) for epoch in (steps[:3], steps[-3:]))
-    assert last < 0.97 * first  # epochs of 12 pictures: batches differ in how many words are said
+    assert last < 0.9 * first  # epochs of 12 pictures: batches differ in how many words are said
     moved = {n for n, value in trainer.adapter.state_dict().items() if not torch.equal(value, before[n])}
     assert moved
     if adapter == "flamingo":
@@ -92,12 +85,12 @@ def test_words_are_learnt_and_the_rest_stays(adapter: str, recipe: Recipe, train
 
 def test_a_killed_run_of_words_goes_on_exactly(recipe: Recipe, trainer_of: TrainerOf, tmp_path: Path) -> None:
     config = recipe(objective="words", steps=6, words=WordsConfig(rarest=1))
-    whole, steps = words_trainer(replace(config, out=str(tmp_path / "whole")), trainer_of)
+    whole, steps = trainer_of(replace(config, out=str(tmp_path / "whole")))
     whole.learn(save=False)
-    first, some = words_trainer(config, trainer_of)
+    first, some = trainer_of(config)
     first.report = lambda step: (some.append(step), first.stop() if step.step == 3 else None)  # type: ignore[func-returns-value]
     first.learn()
-    second, rest = words_trainer(config, trainer_of)
+    second, rest = trainer_of(config)
     second.resume()
     second.learn(save=False)
     assert [s.loss for s in some + rest] == [s.loss for s in steps]
