@@ -29,6 +29,8 @@ DATA_LICENCES = {
     "easy-vqa": "MIT",
     "shapes": "drawn by this program",
 }
+_COUNTED = {"words": "picture", "preference": "pair"}
+"""What the loss of an objective is a mean over, where it is not tokens."""
 
 
 def main(argv: list[str]) -> int:
@@ -130,6 +132,7 @@ def _use(out: Path) -> str:
 
 def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
     recipe, plan, machine = facts["recipe"], facts["preflight"], facts["machine"]
+    per = _COUNTED.get(recipe["objective"], "token")
     losses = smoothed([row["loss"] for row in log if row["loss"] is not None])
     rows = [
         ("steps", f"{facts.get('steps_done', 0)} of {recipe['steps']}, {recipe['batch']} pictures each"),
@@ -140,7 +143,7 @@ def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
             "memory",
             f"{facts.get('peak_memory', 0) / 1e9:.1f} GB at most; predicted {plan['memory'] / 1e9:.1f} GB",
         ),
-        ("loss", f"{losses[-1]:.3f} nats per token (moving average at the end)" if losses else "-"),
+        ("loss", f"{losses[-1]:.3f} nats per {per} (moving average at the end)" if losses else "-"),
         ("steps skipped for a loss that was no number", facts.get("skipped", 0)),
         ("started from", Path(recipe["start"]).name or "fresh weights"),
         ("objective", recipe["objective"]),

@@ -43,20 +43,23 @@ def check(
 ) -> tuple[Reading, list[Example]]:
     """Everything that was read, with each row that cannot be used; and what can be used of `held`.
 
+    What stands in two sources, as the two answers of a pair do, is one row.
+
     Raises:
         DataError: more than 1 % of the rows cannot be used; it counts them by cause and names some.
     """
     bad = dict.fromkeys(row for source in sources for row in source.bad)
     broken = store.bad | unreadable(held)
-    sound: list[Example] = []
+    sound: dict[tuple[object, ...], Example] = {}
     for example in (*(e for source in sources for e in source.examples), *held):
-        problem = broken.get(group_name(example.images))
+        pictures = group_name(example.images)
+        problem = broken.get(pictures)
         if problem is None:
-            sound.append(example)
+            sound[example.id, pictures, example.turns] = example
         else:
             cause = f"picture {problem.code}".replace("_", " ")
             bad[BadRow(example.id, cause, str(problem))] = None
-    reading = Reading(name, sound, list(bad))
+    reading = Reading(name, list(sound.values()), list(bad))
     reading.require_sound()
     return reading, [example for example in held if group_name(example.images) not in broken]
 

@@ -226,6 +226,7 @@ def test_the_command_raises_the_win_rate(
     assert main(["train", "prefer", *settings, "--offline", "--device", "cpu"]) == 0
     said = capsys.readouterr()
     assert "0 opinions make no pair" in said.err
+    assert f"{data}: all of its 27 rows can be used" in said.err
     assert "win rate" in said.out
     found = json.loads((out / "preference.json").read_text())
     assert found["pairs"]["held_out"] == len(found["answers"]) >= 4
@@ -241,6 +242,7 @@ def test_the_command_raises_the_win_rate(
     assert set(found["captions"]["cider"]) == {"before", "after"}
     card = (out / "README.md").read_text()
     assert "preference pairs (pairs.jsonl)" in card
+    assert "nats per pair" in card
     assert "Direct Preference Optimization, beta 0.2" in card
     assert str(tmp_path) not in card
 
