@@ -19,7 +19,7 @@ from vlm.config import ModelConfig, VisionConfig
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
 from vlm.model import VLM
-from vlm.vision import Encoder, fit_trunk, open_clip_network
+from vlm.vision import Encoder, fit_trunk, open_clip_network, set_size
 from vlm.weights import PINS
 
 _SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True,
@@ -84,8 +84,8 @@ def _encoder(config: VisionConfig) -> Encoder:
     if not timm.is_model(name):
         raise WeightsError(f"there is no encoder {config.encoder!r}")
     backbone = timm.create_model(name, pretrained=False, num_classes=classes)
-    if hasattr(backbone, "set_input_size") and backbone.pretrained_cfg["input_size"][-1] != config.size:
-        backbone.set_input_size(img_size=(config.size, config.size))
+    if backbone.pretrained_cfg["input_size"][-1] != config.size:
+        set_size(backbone, config.size)
     return Encoder(backbone, config, (0.5,) * 3, (0.5,) * 3)
 
 

@@ -11,10 +11,10 @@ from vlm.data.collate import Group, Source, group_name, masked_text, told_of
 from vlm.data.example import Example
 from vlm.data.readers import Reading
 from vlm.data.rows import BadRow
-from vlm.hints import hint_text
 from vlm.images import ImageError, open_picture
 from vlm.model import VLM
 from vlm.train.config import TrainConfig
+from vlm.train.hints import hint_texts
 from vlm.train.prepare import FeatureStore
 
 SHOWN = 10
@@ -86,7 +86,7 @@ def sample_text(model: VLM, groups: Sequence[Group], store: FeatureStore, seed: 
     """The first samples of a run as the model reads them, hints included."""
     lines = ["the first samples as the model reads them; what it learns to say stands in [[ ]]:"]
     for group in groups[:SAMPLES]:
-        hints = [hint_text([name for name, _ in told]) for told in store.labels(group, "whole")]
+        hints = hint_texts(store.labels(group, "whole"))
         tokens, _ = told_of(group, model.processor, seed, 0, hints)[0]
         lines.append(f"{group.id}\n{masked_text(tokens, model.language)}")
     return "\n\n".join(lines)

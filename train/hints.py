@@ -14,7 +14,7 @@ from vlm.data.collate import Group, seeded
 from vlm.hints import hint_text
 from vlm.processor import Processor, Tokens
 from vlm.train.config import TrainConfig
-from vlm.train.prepare import FeatureStore
+from vlm.train.prepare import FeatureStore, Labels
 
 NAMING = (
     "What is this?",
@@ -37,6 +37,11 @@ def drawn_hints(
     if draw < config.hints.drop + config.hints.swap:
         other = store.labels(groups[chance.randrange(len(groups))], "whole")
         labels = [other[i % len(other)] for i in range(len(labels))]
+    return hint_texts(labels)
+
+
+def hint_texts(labels: Labels) -> list[str]:
+    """A hint for each picture, from its labels."""
     return [hint_text([name for name, _ in told]) for told in labels]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm.adapters import ImageLayout
 from vlm.losses import CHUNK
 from vlm.model import VLM
-from vlm.options import make_parser, offline_from_environment
+from vlm.options import add_offline, make_parser
 from vlm.processor import Batch
 from vlm.train.blueprint import blueprint
 from vlm.train.config import TrainConfig
@@ -254,9 +254,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", help="a recipe that ships, or a YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as for vlm train")
     parser.add_argument("--machine", choices=MACHINES, default="a100", help="default: a100, of 80 GB")
-    parser.add_argument(
-        "--offline", action="store_true", default=offline_from_environment(), help="never use the network"
-    )
+    add_offline(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="every figure, for programs")
     how.add_argument("--row", action="store_true", help="a row of the table in docs/scale.md")

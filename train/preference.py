@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.data.collate import Group, seeded
-from vlm.hints import hint_text
 from vlm.model import VLM
 from vlm.processor import Row
+from vlm.train.hints import hint_texts
 from vlm.train.loop import Part, Trainer
 
 TOGETHER = 8
@@ -41,10 +41,7 @@ def answer_margins(model: VLM, rows: Sequence[Row], features: Tensor) -> Tensor:
         features: (I, N, D_v) of the rows' images, in reading order.
     """
     batch = model.processor.batch(rows).to(model.device)
-    conditioning = model.condition(batch, features.to(model.device))
-    used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
-    hidden = model.hidden(batch, conditioning).flatten(0, 1)[used]
-    likely = model.language.logits(hidden).log_softmax(dim=-1)[nodes, batch.labels]
+    likely = model.label_logprobs(batch, features.to(model.device))
     pair = batch.label_nodes // batch.ids.shape[1]
     return likely.new_zeros(len(rows)).index_add(0, pair, batch.label_weights * likely)
 
@@ -95,7 +92,7 @@ class PreferenceTrainer(Trainer):
     def _shown(self, group: Group, view: str, number: int) -> tuple[Row, Tensor]:
         """A pair's row and the features of its images."""
         processor = self.model.processor
-        hints = [hint_text([name for name, _ in told]) for told in self.store.labels(group, view)]
+        hints = hint_texts(self.store.labels(group, view))
         pairs = [source[number] for source in group.by_source]
         tokens = [processor.tokens(pair.example, pair.answer, hints) for pair in pairs]
         row = processor.row(tokens, (1.0, -1.0))

@@ -20,20 +20,18 @@ from vlm.conversation import Conversation
 from vlm.data.collate import Group
 from vlm.decoder import DecoderState
 from vlm.eval.metrics.ptb import tokenize
+from vlm.eval.metrics.typical import ORDER, Gram, grams
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
 
-ORDER = 4
 SIGMA = 6.0
 
-Grams = Counter[tuple[str, ...]]
-Vector = dict[tuple[str, ...], float]
+Vector = dict[Gram, float]
 
 
-def grams(caption: str) -> Grams:
+def caption_grams(caption: str) -> Counter[Gram]:
     """Counts of the caption's 1- to 4-grams, over the tokens that evaluation uses."""
-    words = tokenize(caption).split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1))
+    return grams(tokenize(caption).split())
 
 
 def caption_references(groups: Sequence[Group]) -> dict[str, Sequence[str]]:
@@ -54,14 +52,14 @@ class CiderReward:
     """
 
     def __init__(self, references: dict[str, Sequence[str]]) -> None:
-        cooked = {name: [grams(text) for text in texts] for name, texts in references.items()}
-        self.frequency: Counter[tuple[str, ...]] = Counter()
+        cooked = {name: [caption_grams(text) for text in texts] for name, texts in references.items()}
+        self.frequency: Counter[Gram] = Counter()
         for texts in cooked.values():
             self.frequency.update({gram for text in texts for gram in text})
         self.log_count = math.log(len(cooked))
         self.vectors = {name: [self._vector(text) for text in texts] for name, texts in cooked.items()}
 
-    def _vector(self, counts: Grams) -> tuple[Vector, list[float], int]:
+    def _vector(self, counts: Counter[Gram]) -> tuple[Vector, list[float], int]:
         vector = {
             gram: count * (self.log_count - math.log(max(1, self.frequency[gram])))
             for gram, count in counts.items()
@@ -74,7 +72,7 @@ class CiderReward:
 
     def __call__(self, name: str, caption: str) -> float:
         """CIDEr-D of `caption` against the references of picture `name`, on the scale where 1 is 100 %."""
-        vector, norms, length = self._vector(grams(caption))
+        vector, norms, length = self._vector(caption_grams(caption))
         total = 0.0
         for other, other_norms, other_length in self.vectors[name]:
             dots = [0.0] * ORDER

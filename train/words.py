@@ -97,8 +97,9 @@ class WordTrainer(Trainer):
     """Trains the adapter's image side alone; the loss of a picture is the sum over all words."""
 
     def trained_part(self) -> nn.Module:
-        self.targets = WordTargets(self.groups, self.config.words.rarest)
-        self.groups = [g for g in self.groups if g.id in self.targets and len(g.images) == 1]
+        single = [group for group in self.groups if len(group.images) == 1]
+        self.targets = WordTargets(single, self.config.words.rarest)
+        self.groups = [group for group in single if group.id in self.targets]
         with torch.no_grad():
             latents = self.adapter.encode(self.store(self.groups[0], "whole").to(self.accelerator.device))
         self.head = WordHead(latents.shape[2], latents.shape[1], self.targets.frequency)

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from vlm.vision import load_encoder
 from vlm.weights import resolve
 
 FORMAT = 1
+T = TypeVar("T")
 FROZEN = ("encoder", "language_model")
 ASSETS = Path(__file__).parent / "assets"
 
@@ -81,10 +82,7 @@ def model_config(folder: Path, values: Mapping[str, Any]) -> ModelConfig:
     Raises:
         WeightsError: a key is missing, unknown or of the wrong type.
     """
-    try:
-        return from_dict(ModelConfig, values["model"])
-    except (KeyError, ConfigError) as problem:
-        raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
+    return _section(ModelConfig, folder, values, "model")
 
 
 def abstain_config(folder: Path, values: Mapping[str, Any]) -> AbstainConfig | None:
@@ -93,11 +91,13 @@ def abstain_config(folder: Path, values: Mapping[str, Any]) -> AbstainConfig | N
     Raises:
         WeightsError: a key is missing, unknown or of the wrong type.
     """
-    if "abstain" not in values:
-        return None
+    return _section(AbstainConfig, folder, values, "abstain") if "abstain" in values else None
+
+
+def _section(kind: type[T], folder: Path, values: Mapping[str, Any], name: str) -> T:
     try:
-        return from_dict(AbstainConfig, values["abstain"])
-    except (TypeError, ConfigError) as problem:
+        return from_dict(kind, values[name])
+    except (KeyError, TypeError, ConfigError) as problem:
         raise WeightsError(f"{folder / 'config.json'} is not usable: {problem}") from problem
 
 
@@ -108,7 +108,7 @@ def save_abstain(folder: Path, fitted: AbstainConfig) -> None:
         WeightsError: the file cannot be read or written.
     """
     config = read_config(folder) | {"abstain": to_dict(fitted)}
-    replace_files(folder, {"config.json": (json.dumps(config, indent=2) + "\n").encode()})
+    replace_files(folder, {"config.json": _json_bytes(config)})
 
 
 def save_adapter(
@@ -123,8 +123,6 @@ def save_adapter(
     Raises:
         WeightsError: the disk is full or the folder cannot be written; what was there stays.
     """
-    from safetensors.torch import save
-
     state = {k: v.detach().cpu().contiguous() for k, v in (tensors or model.adapter.state_dict()).items()}
     config = {
         "format": FORMAT,
@@ -133,12 +131,27 @@ def save_adapter(
         "features": {"tokens": model.encoder.tokens, "width": model.encoder.width},
         "hashes": {part: model.hashes[part] for part in FROZEN if part in model.hashes},
     }
+    write_adapter(folder, state, config, card)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: str) -> None:
+    """Writes the three files of an adapter at once.
+
+    Raises:
+        WeightsError: the disk is full or the folder cannot be written; what was there stays.
+    """
+    from safetensors.torch import save
+
     files = {
-        "adapter.safetensors": save(state, metadata={"format": "pt"}),
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "adapter.safetensors": save(dict(tensors), metadata={"format": "pt"}),
+        "config.json": _json_bytes(config),
         "README.md": card.encode(),
     }
     replace_files(folder, files)
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -168,7 +181,7 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
     """The adapter's tensors and the SHA-256 of their file.
 
     Raises:
-        WeightsError: missing or damaged; a pickle is never read.
+        WeightsError: missing or damaged, or a number is none; a pickle is never read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -176,9 +189,13 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
     path = folder / "adapter.safetensors"
     try:
         content = path.read_bytes()
-        return load(content), hashlib.sha256(content).hexdigest()
+        tensors = load(content)
     except (OSError, SafetensorError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
+    return tensors, hashlib.sha256(content).hexdigest()
 
 
 def build_model(
@@ -250,9 +267,6 @@ def load_adapter(model: VLM, folder: Path) -> None:
         WeightsError: names or shapes differ, or a number is none.
     """
     tensors, digest = load_tensors(folder)
-    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if broken:
-        raise WeightsError(f"{folder / 'adapter.safetensors'} is spoilt: {broken[0]} is not finite")
     try:
         model.adapter.load_state_dict(tensors, strict=True)  # float16 files become float32 on the way
     except RuntimeError as problem:

@@ -339,9 +339,7 @@ def score_all(
             continue
         row, features = shown(model, conversation, texts)
         batch = model.processor.batch([row]).to(model.device)
-        hidden = model.hidden(batch, model.condition(batch, features)).flatten(0, 1)
-        used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
-        likely = model.language.logits(hidden[used]).log_softmax(dim=-1)[nodes, batch.labels]
-        sizes = [sum(model.processor.tokens(conversation, text).supervised) for text in texts]
+        likely = model.label_logprobs(batch, features)
+        sizes = [len(model.language.encode_text(text)) + 1 for text in texts]  # each with its end
         scores.append([float(part.sum()) for part in likely.split(sizes)])
     return scores

@@ -175,6 +175,12 @@ class VLM(nn.Module):
             )
         return total, batch.label_weights.sum()
 
+    def label_logprobs(self, batch: Batch, features: Tensor) -> Tensor:
+        """(K,) natural-log probability of each of a batch's labels."""
+        hidden = self.hidden(batch, self.condition(batch, features)).flatten(0, 1)
+        used, nodes = torch.unique(batch.label_nodes, return_inverse=True)
+        return self.language.logits(hidden[used]).log_softmax(dim=-1)[nodes, batch.labels]
+
     # --- pictures ----------------------------------------------------------------------------------
 
     def encode(self, pictures: Sequence[Picture], view: str = "whole") -> Tensor:

@@ -21,15 +21,20 @@ def offline_from_environment() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in TRUE_WORDS
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the shared options; `apply_common` gives them effect."""
-    group = parser.add_argument_group("common options")
-    group.add_argument(
+def add_offline(parser: argparse._ActionsContainer) -> None:
+    """Add --offline alone, for commands that need no device."""
+    parser.add_argument(
         "--offline",
         action="store_true",
         default=offline_from_environment(),
         help="never touch the network (also: HF_HUB_OFFLINE=1)",
     )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the shared options; `apply_common` gives them effect."""
+    group = parser.add_argument_group("common options")
+    add_offline(group)
     group.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto: the best there is (default)"
     )

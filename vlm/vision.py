@@ -213,7 +213,7 @@ def _timm_model(config: VisionConfig, resolved: Resolved) -> Parts:
     backbone.pretrained_cfg.pop("state_dict")  # held the weights a second time
     data = resolve_data_config({}, model=backbone)
     if data["input_size"][-1] != config.size:
-        _set_size(backbone, config.size)
+        set_size(backbone, config.size)
     return backbone, data["mean"], data["std"]
 
 
@@ -255,7 +255,7 @@ def open_clip_network(name: str, size: int, *, quick_gelu: bool = False, device:
 def fit_trunk(visual: Any, name: str, size: int) -> None:
     """Brings a timm network inside an open_clip tower, its weights loaded, to pictures of this size."""
     if hasattr(visual, "trunk") and _tower_sizes(name).get("image_size") != size:
-        _set_size(visual.trunk, size)
+        set_size(visual.trunk, size)
 
 
 def _tower_sizes(name: str) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _published(resolved: Resolved) -> dict[str, Any]:
     return agreed
 
 
-def _set_size(backbone: Any, size: int) -> None:
+def set_size(backbone: Any, size: int) -> None:
     """Brings position embeddings and windows to another size of pictures, where a network has any."""
     if hasattr(backbone, "set_input_size"):
         try:

@@ -6,7 +6,6 @@ of them, at no cost when asked (Wortsman et al. 2022). Averages of adapters with
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm import __version__
-from vlm.checkpoint import adapter_folder, load_tensors, read_config, replace_files
+from vlm.checkpoint import adapter_folder, load_tensors, read_config, write_adapter
 from vlm.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -96,9 +95,6 @@ def _same_tensors(first: Ingredient, other: Ingredient) -> None:
     shapes = [{key: value.shape for key, value in part.tensors.items()} for part in (first, other)]
     if shapes[0] != shapes[1]:
         raise WeightsError(f"{other.name} cannot be averaged with {first.name}: their tensors differ")
-    broken = sorted(key for key, value in other.tensors.items() if not value.isfinite().all())
-    if broken:
-        raise WeightsError(f"{other.name} is spoilt: {broken[0]} is not finite")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -112,17 +108,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write(out: Path, soup: Sequence[Ingredient]) -> None:
-    from safetensors.torch import save
-
     first = soup[0]
     mean = {key: _mean(soup, key) for key in first.tensors}
-    config = {**first.config, "version": __version__}
-    files = {
-        "adapter.safetensors": save(mean, metadata={"format": "pt"}),
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "README.md": _card(out, soup).encode(),
-    }
-    replace_files(out, files)
+    write_adapter(out, mean, {**first.config, "version": __version__}, _card(out, soup))
 
 
 def _mean(soup: Sequence[Ingredient], key: str) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, WeightsError
-from vlm.options import make_parser, offline_from_environment
+from vlm.options import add_offline, make_parser
 from vlm.weights import PINS, Pin, Resolved, check_source, hash_safetensors, resolve
 from vlm.weights_cache import Manifest, damage, sha256_file
 
@@ -23,9 +23,7 @@ def main(argv: list[str]) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize(), allow_abbrev=False)
         command.add_argument("ids", nargs="*", metavar="ID", help=f"model ids (default: {', '.join(PINS)})")
-        command.add_argument(
-            "--offline", action="store_true", default=offline_from_environment(), help="never use the network"
-        )
+        add_offline(command)
     _average_parser(commands)
     args = parser.parse_args(argv)
     if args.command == "list":
@@ -41,9 +39,7 @@ def _average_parser(commands: Any) -> None:
     command.add_argument("out", type=Path, metavar="OUT", help="folder of the new adapter")
     command.add_argument("adapters", nargs="+", metavar="ADAPTER", help="two or more adapters")
     command.add_argument("--weights", metavar="W1,W2,...", help="one each (default: equal)")
-    command.add_argument(
-        "--offline", action="store_true", default=offline_from_environment(), help="never use the network"
-    )
+    add_offline(command)
 
 
 def _average(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ def most_typical(captions: Sequence[Sequence[str]]) -> str:
     kept = sorted(captions, key=lambda each: hashlib.sha256("\0".join(each).encode()).digest())[:PICTURES]
     # Token lists are kept and their groups made anew where they are needed: all of them would take 300 MB.
     words = {text: tokenize(text).split() for each in kept for text in each}
-    seen = Counter(gram for each in kept for gram in {g for text in each for g in _grams(words[text])})
+    seen = Counter(gram for each in kept for gram in {g for text in each for g in grams(words[text])})
     rarity = {gram: math.log(len(kept) / number) for gram, number in seen.items()}
     total: dict[Gram, float] = dict.fromkeys(seen, 0.0)
     for each in kept:
@@ -41,7 +41,7 @@ def most_typical(captions: Sequence[Sequence[str]]) -> str:
     return max(sorted(words), key=nearness)
 
 
-def _grams(words: Sequence[str]) -> Counter[Gram]:
+def grams(words: Sequence[str]) -> Counter[Gram]:
     """How often every group of one to four tokens stands in a caption."""
     return Counter(
         tuple(words[at : at + size]) for size in range(1, ORDER + 1) for at in range(len(words) - size + 1)
@@ -50,7 +50,7 @@ def _grams(words: Sequence[str]) -> Counter[Gram]:
 
 def _unit(words: Sequence[str], rarity: dict[Gram, float]) -> dict[Gram, float]:
     """The tf-idf vector with each of its four parts (by group size) of length one, or nought."""
-    weights = {gram: count * rarity[gram] for gram, count in _grams(words).items()}
+    weights = {gram: count * rarity[gram] for gram, count in grams(words).items()}
     squares = [0.0] * (ORDER + 1)
     for gram, weight in weights.items():
         squares[len(gram)] += weight * weight

@@ -23,6 +23,10 @@ from vlm.eval.task import Published, Task
 REDUCED = {"train": "qa.37.raw.train.txt", "test": "qa.37.raw.reduced.test.txt"}
 
 
+def _folder(root: Path) -> Path:
+    return root / "daquar" if (root / "daquar").is_dir() else root
+
+
 def _example(image: str | Path, question: str, answers: list[str], id: str) -> Example:
     meta = {"question_type": daquar.question_type(question), "answer_count": len(answers)}
     return make_example(image, question, [", ".join(answers)], id, meta)
@@ -33,7 +37,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     assert root is not None
     if pictures or split in ("dev", "train-rest"):
         return read_dataset("daquar", root, split)
-    folder = root / "daquar" if (root / "daquar").is_dir() else root
+    folder = _folder(root)
     pairs = daquar.read_pairs(first_existing(folder, daquar.question_files(split), "questions"))
     return [
         _example(image, question, answers, f"daquar/{split}/{index}")
@@ -49,7 +53,7 @@ def read_reduced(root: Path | None, split: str, pictures: bool) -> list[Example]
     """
     assert root is not None
     name = REDUCED[split]
-    folder = root / "daquar" if (root / "daquar").is_dir() else root
+    folder = _folder(root)
     path = first_existing(folder, [name, f"reduced/{name}"], f"file of the reduced {split} part")
     images = picture_files(first_existing(folder, daquar.IMAGE_FOLDERS, "picture folder")) if pictures else {}
     found = []
