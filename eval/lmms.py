@@ -39,7 +39,7 @@ class Harnessed(lmms):
         if model is None:
             from vlm.model import VLM
 
-            model = VLM.from_pretrained(adapter, device=device, dtype=dtype)
+            model = VLM.from_pretrained(adapter, device=device, dtype=dtype).pack()
         self.model, self.batch_size = model, int(batch_size)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

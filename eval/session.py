@@ -77,7 +77,7 @@ def _model(args: argparse.Namespace) -> VLM:
     )
     if args.memory is not None:
         model.remember(args.memory, itself=False)
-    return model
+    return model.pack()
 
 
 def say(text: str) -> None:

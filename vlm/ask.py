@@ -238,6 +238,8 @@ def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, col
     if not args.out.parent.is_dir():
         raise VLMError(f"{args.out.parent} is no folder: make it first")
     model, _ = _load(args)
+    if len(pictures) > FOLDER_BATCH:  # packing takes a second, which a few pictures do not earn back
+        model.pack()
     bad = 0
     with _table(args.out) as file:
         rows = csv.writer(file)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import WeightsError
+from vlm.packed import PackedLinear
 
 BeforeLayer = Callable[[int, Tensor], Tensor]
 
@@ -161,7 +162,7 @@ class LanguageModel(nn.Module):
             getattr(self.model.config, name, None) not in (None, 1.0)
             for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
         )
-        if type(head) is not nn.Linear or head.bias is not None or bent:
+        if type(head) not in (nn.Linear, PackedLinear) or head.bias is not None or bent:
             return None
         return head.weight
 

@@ -27,6 +27,7 @@ from vlm.images import Picture
 from vlm.language import LanguageModel
 from vlm.losses import cross_entropy, frozen_head_cross_entropy
 from vlm.memory import Memory
+from vlm.packed import pack
 from vlm.processor import Batch, Processor
 from vlm.vision import Encoder
 
@@ -216,6 +217,15 @@ class VLM(nn.Module):
     def blank_image(self) -> Image.Image:
         """A picture whose every pixel is the encoder's mean: what the model sees of nothing."""
         return self.encoder.blank()
+
+    def pack(self) -> VLM:
+        """This model, made ready for many answers on a CPU: about 1.3 times faster, a third of a GB more.
+
+        Answers stay what they were to within float32's rounding. Weights must not change afterwards.
+        """
+        pack(self.language)
+        pack(self.adapter)
+        return self
 
     # --- asking ------------------------------------------------------------------------------------
 

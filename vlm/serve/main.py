@@ -175,7 +175,7 @@ def build(model: VLM, settings: Settings, keys: Keys | None, *, model_id: str) -
         seconds=settings.fetch_seconds, redirects=settings.fetch_redirects,
     )  # fmt: skip
     desk = Desk(model, settings, door)
-    engine = Engine(model, settings, metrics, DecodeBatch)
+    engine = Engine(model.pack(), settings, metrics, DecodeBatch)
     return create_app(engine, desk, settings=settings, keys=keys, metrics=metrics, model_id=model_id)
 
 
