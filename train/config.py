@@ -77,7 +77,8 @@ class HintsTraining:
     swap: float = 0.1
     """Share of pictures with the hints of another."""
     naming: float = 0.0
-    """Share of pictures that are also asked what they show; the answer is the encoder's first label."""
+    """Share of pictures that are also asked what they show, or which animal, vehicle ... it is; the answer is
+    the encoder's first label. Common labels are asked after less than this, rare ones more."""
     sure: float = 0.3
     """A naming question needs a label at least this probable."""
     weight: float = 1.0

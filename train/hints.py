@@ -2,7 +2,8 @@
 
 A label that is always there and always right would be repeated without a look at the picture; dropped
 and swapped ones make the features decide. Naming questions teach the way back: from what the classifier
-sees to its word, for kinds of things that the captions do not name.
+sees to its word, for kinds of things that the captions do not name. Rare labels are asked after oftener than
+common ones, or every animal would be a dog.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from vlm.conversation import Conversation
 from vlm.data.collate import Group, seeded
+from vlm.data.kinds import kind_questions
 from vlm.hints import hint_text
 from vlm.processor import Processor, Tokens
 from vlm.train.config import TrainConfig
@@ -23,6 +25,8 @@ NAMING = (
     "What is shown here?",
     "What is in the picture?",
 )
+KINDS = 0.5
+"""Share of naming questions that ask after a kind ("What animal is this?"), where the label has one."""
 
 
 def drawn_hints(
@@ -55,13 +59,18 @@ def naming(
     config: TrainConfig,
 ) -> list[tuple[Tokens, float]]:
     """A question after what a picture shows, where the classifier is sure of it; often none."""
-    chance = seeded(config.seed, epoch, group.key, "naming")
     labels = store.labels(group, view)
-    if len(labels) != 1 or chance.random() >= config.hints.naming:
-        return []
-    if not labels[0] or labels[0][0][1] < config.hints.sure:
+    if len(labels) != 1 or not labels[0] or labels[0][0][1] < config.hints.sure:
         return []
     name = labels[0][0][0]
-    answer = f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
-    asked = Conversation.ask(group.images, chance.choice(NAMING))
+    chance = seeded(config.seed, epoch, group.key, "naming")
+    if chance.random() >= config.hints.naming * store.rarity(name):
+        return []
+    kinds = kind_questions(name)
+    if kinds and chance.random() < KINDS:
+        question, answer = chance.choice(kinds)
+    else:
+        question = chance.choice(NAMING)
+        answer = f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+    asked = Conversation.ask(group.images, question)
     return [(processor.tokens(asked, answer, hints), config.hints.weight)]

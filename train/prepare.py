@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +137,7 @@ class FeatureStore:
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._held: dict[tuple[str, str], Tensor] = {}
         self._labels: dict[tuple[str, str], Labels] = {}
+        self._first: Counter[str] = Counter()
         self._bytes = 0
         order = sorted(range(len(groups)), key=lambda i: ((i - rank) % processes, i))
         for done, index in enumerate(order):
@@ -153,6 +156,8 @@ class FeatureStore:
             seen, names = found.features, self.features.encoder.labels
             self._labels[group.id, view] = likely_labels(found.scores, names, self.hints)
             self._keys[group.id, view] = [self.features.key(picture, view) for picture in pictures]
+            if view == "whole":
+                self._first.update(told[0][0] for told in self._labels[group.id, view] if told)
             if self._bytes < MEMORY:
                 self._held[group.id, view] = seen.half()
                 self._bytes += seen.numel() * 2
@@ -172,6 +177,12 @@ class FeatureStore:
         """The encoder's labels of each of the group's pictures, in the view that `__call__` gives."""
         name = (group.id, view)
         return self._labels[name if name in self._labels else (group.id, "whole")]
+
+    def rarity(self, label: str) -> float:
+        """How much rarer a label is among the pictures' likeliest than labels are on average: the root of
+        how many times; 1 for one of average number, below it for a commoner one."""
+        average = self._first.total() / max(1, len(self._first))
+        return math.sqrt(average / max(1, self._first[label]))
 
     def data_hash(self, groups: Sequence[Group]) -> str:
         """SHA-256 over the pictures' contents and everything said of them, in the groups' order."""

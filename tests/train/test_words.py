@@ -122,6 +122,9 @@ class Labels:
     def labels(self, group: Group, view: str) -> list[list[tuple[str, float]]]:
         return [[(group.id, 0.9)] for _ in group.images]
 
+    def rarity(self, label: str) -> float:
+        return 1.0
+
 
 def test_hints_are_dropped_and_swapped_as_often_as_the_recipe_says(recipe: Recipe) -> None:
     from vlm.train.hints import drawn_hints
@@ -152,6 +155,22 @@ def test_naming_questions_ask_what_the_classifier_is_sure_of(recipe: Recipe) -> 
             captioned("cup", "x"), "whole", 0, [""], Labels(), processor, replace(config, hints=off)
         )  # type: ignore[arg-type]
         assert none == []
+
+
+def test_naming_asks_after_kinds_too(recipe: Recipe) -> None:
+    from vlm.train.hints import NAMING, naming
+
+    config = replace(recipe(), hints=HintsTraining(naming=1.0, sure=0.5))
+    processor = SimpleNamespace(tokens=lambda asked, answer, hints: (asked.turns[-1].text, answer))
+    said: Counter[tuple[bool, str]] = Counter()
+    for epoch in range(400):
+        (((question, answer), _),) = naming(
+            captioned("tabby", "x"), "whole", epoch, ["h"], Labels(), processor, config  # type: ignore[arg-type]
+        )  # fmt: skip
+        said[question in NAMING, answer] += 1
+        assert question in NAMING or "animal" in question
+    assert set(said) == {(True, "a tabby"), (False, "cat")}
+    assert 150 < said[True, "a tabby"] < 250
 
 
 def test_a_run_with_hints(recipe: Recipe, losses_of: Callable[[TrainConfig], list[float]]) -> None:
