@@ -109,3 +109,21 @@ def test_an_encoder_without_labels_is_refused(make_tiny: Callable[..., VLM]) -> 
     model.encoder.labels = ()
     with pytest.raises(ConfigError, match="knows no kinds of things"):
         VLM(replace(model.config, hints=HintsConfig(1)), model.encoder, model.language, model.adapter)
+
+
+def test_controls_tell_of_the_pictures_that_they_show(told: VLM, draw: Draw) -> None:
+    from vlm.eval.controls import no_image, run
+
+    asks = [Conversation.ask([draw(i)], "what is it?") for i in range(4)]
+
+    def hints(conversations: list[Conversation]) -> list[list[str]]:
+        return [told.see([open_picture(image) for image in each.images])[1] for each in conversations]
+
+    own = hints(asks)
+    assert len({one for (one,) in own}) == 4
+    other = hints(run("shuffled", asks, told.blank_image))
+    assert all(mine != shown for mine, shown in zip(own, other, strict=True))
+    assert sorted(other) == sorted(own)
+    (blank,) = {one for (one,) in hints(run("blank", asks, told.blank_image))}
+    assert [blank] == told.see([open_picture(told.blank_image())])[1]
+    assert hints(no_image(asks)) == [[]] * 4
