@@ -9,7 +9,27 @@ import pytest
 from vlm.eval.metrics.ptb import tokenize
 from vlm.train.selfcritical import CiderReward
 
-WORDS = "a dog cat man runs jumps sits on the red beach grass ball , with two people 's don't".split()
+WORDS = [
+    "a",
+    "dog",
+    "cat",
+    "man",
+    "runs",
+    "jumps",
+    "sits",
+    "on",
+    "the",
+    "red",
+    "beach",
+    "grass",
+    "ball",
+    ",",
+    "with",
+    "two",
+    "people",
+    "'s",
+    "don't",
+]
 
 
 def sentences(chance: random.Random, count: int) -> list[str]:
