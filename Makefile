@@ -26,7 +26,8 @@ demo: $(VENV)/.weights
 	$(BIN)/vlm ask data/samples/cat.jpg "What is in the picture?"
 
 test: $(VENV)/.test $(VENV)/.weights
-	$(BIN)/python -m pytest
+	# Two processes of one thread each; the tests of a file stay together and share its models.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
