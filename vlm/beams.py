@@ -118,8 +118,9 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
             break
         keep = torch.tensor(staying, device=logits.device)
         rows, tokens = rows.view(-1, size)[keep].flatten(), tokens.view(-1, size)[keep].flatten()
+        same_images = len(staying) == len(active)
         totals, active = totals[keep], [active[i] for i in staying]
-        state = state.select(rows)
+        state = state.select(rows, same_images=same_images)
         logits = state.advance(tokens)
     writers = []
     for number, prompt in enumerate(beams):

@@ -45,7 +45,7 @@ def adapter_folder(adapter: str | Path, *, offline: bool = False) -> Path:
         if all(os.path.isfile(folder / name) for name in ("config.json", "adapter.safetensors")):
             return folder
     known = sorted(folder.parent.name for folder in ASSETS.glob("*/config.json"))
-    if str(adapter).count("/") == 1 and not os.path.exists(adapter):
+    if str(adapter).partition("@")[0].count("/") == 1 and not os.path.exists(adapter):
         from vlm.weights_hub import fetch_adapter
 
         return fetch_adapter(str(adapter), offline=offline)

