@@ -1,4 +1,4 @@
-"""`vlm weights list|get|verify|average|push`: what there is, prepare it, check it; mix and publish adapters."""
+"""`vlm weights list|get|verify|average|push`: what there is, prepare it, check it; mix, publish adapters."""
 
 from __future__ import annotations
 
