@@ -62,13 +62,24 @@ def split_by_image(
     Raises:
         DataError: there are fewer than two pictures.
     """
+    ranks = rank_by_image(examples, salt)
+    count = max(ranks, default=-1) + 1
+    if count < 2:
+        raise DataError(f"{count} picture(s) cannot be divided into two parts")
+    held = min(max(1, round(count * fraction)), count - 1)
+    rest = [example for example, rank in zip(examples, ranks, strict=True) if rank >= held]
+    return rest, [example for example, rank in zip(examples, ranks, strict=True) if rank < held]
+
+
+def rank_by_image(examples: Sequence[Example], salt: str = "") -> list[int]:
+    """The place of each example's picture, counted from 0, in an order made by a hash of the names.
+
+    Examples that have a picture in common have one place.
+    """
     groups = _connected(examples)
     ranked = sorted(set(groups), key=lambda key: hashlib.sha256(f"{salt}\0{key}".encode()).digest())
-    if len(ranked) < 2:
-        raise DataError(f"{len(ranked)} picture(s) cannot be divided into two parts")
-    held = set(ranked[: min(max(1, round(len(ranked) * fraction)), len(ranked) - 1)])
-    rest = [example for example, group in zip(examples, groups, strict=True) if group not in held]
-    return rest, [example for example, group in zip(examples, groups, strict=True) if group in held]
+    place = {key: rank for rank, key in enumerate(ranked)}
+    return [place[key] for key in groups]
 
 
 def _connected(examples: Sequence[Example]) -> list[str]:

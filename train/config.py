@@ -52,6 +52,9 @@ class OptimConfig:
     """Largest norm of the whole gradient."""
     average: float = 0.0
     """Rate of an exponential moving average of the weights (0.998, say), which is what is saved; 0: none."""
+    mup_base: int = 0
+    """Adapter width at which these rates are right; at others they are carried over by muP (0: taken as they
+    are)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,11 @@ class TrainConfig:
     hints: HintsTraining = field(default_factory=HintsTraining)
     holdout: float = 0.0
     """Share of the pictures that is set aside and asked before and after training."""
+    dev: int = 0
+    """Pictures that are set aside for their loss at the run's end (`dev.json`): the same ones for every seed
+    and every number of `pictures`."""
+    pictures: int = 0
+    """Learn so many of the other pictures; those of a smaller number are among a larger one's. 0: all."""
     fast: FastConfig = field(default_factory=FastConfig)
     save_every: int = 200
     """Steps between saves of the training state."""
@@ -175,6 +183,10 @@ class TrainConfig:
             raise ConfigError("steps and batch must be at least 1, micro at least 0")
         if self.save_every < 1 or self.keep < 1 or self.log_every < 1:
             raise ConfigError("save_every, keep and log_every must be at least 1")
+        if min(self.dev, self.pictures, self.optim.mup_base) < 0:
+            raise ConfigError("dev, pictures and optim.mup_base must be at least 0")
+        if self.dev and self.objective == "preference":
+            raise ConfigError("dev is the loss of answers: the objective preference has holdout")
         if not 0 <= self.flip <= 1 or not 0 <= self.smoothing < 1 or not 0 <= self.holdout < 1:
             raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
         told = self.hints

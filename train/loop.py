@@ -26,9 +26,10 @@ from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, 
 from vlm.errors import VLMError
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
-from vlm.train import fast
+from vlm.train import fast, mup
 from vlm.train.config import TrainConfig
 from vlm.train.hints import drawn_hints, naming
+from vlm.train.mup import Scale
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
@@ -100,7 +101,7 @@ class Trainer:
         self.loss = fast.prepare(model, config.fast)
         self.trained = self.trained_part()
         self.processes.same_start(self.trained)
-        self.optimizer = build_optimizer(self.trained, config.optim)
+        self.optimizer = build_optimizer(self.trained, config.optim, self.scales())
         self.average = Average(self.adapter, config.optim.average) if config.optim.average else None
         self.micro = config.micro
         self.step = 0
@@ -114,6 +115,10 @@ class Trainer:
     def trained_part(self) -> nn.Module:
         """What the optimizer moves and a state holds: the adapter."""
         return self.adapter
+
+    def scales(self) -> dict[str, Scale]:
+        """muP's factors on rates and first weights, by the names of what is trained."""
+        return mup.scales(self.model, self.config.optim.mup_base)
 
     # --- from start to end -------------------------------------------------------------------------
 

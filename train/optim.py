@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from vlm.train.config import OptimConfig
+from vlm.train.mup import PLAIN, Scale
 
 
-def build_optimizer(adapter: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter: matrices decay, vectors do not, gates have a rate of their own."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
-    for name, parameter in adapter.named_parameters():
+def build_optimizer(
+    trained: nn.Module, config: OptimConfig, scales: Mapping[str, Scale] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over what is trained: matrices decay, vectors do not, gates have a rate of their own.
+
+    Args:
+        scales: factors of some matrices by name (`vlm.train.mup`); each factor has a group of its own.
+    """
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {
+        ("matrices", 1.0): [],
+        ("vectors", 1.0): [],
+        ("gates", config.gate_lr): [],
+    }
+    for name, parameter in trained.named_parameters():
         # A block's `gate.weight` is a matrix of its feed-forward; only the scalars are gates.
-        kind = "gates" if name.endswith("_gate") else "matrices" if parameter.ndim > 1 else "vectors"
-        groups[kind].append(parameter)
-    factors = {"matrices": 1.0, "vectors": 1.0, "gates": config.gate_lr}
+        if name.endswith("_gate"):
+            key = ("gates", config.gate_lr)
+        elif parameter.ndim > 1:
+            key = ("matrices", (scales or {}).get(name, PLAIN).rate)
+        else:
+            key = ("vectors", 1.0)
+        groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "weight_decay": config.weight_decay if kind == "matrices" else 0.0,
-                "lr": config.lr * factors[kind],
-                "factor": factors[kind],
+                # What a step takes off is the rate times this: the factor has no part in it.
+                "weight_decay": config.weight_decay / factor if kind == "matrices" else 0.0,
+                "lr": config.lr * factor,
+                "factor": factor,
             }
-            for kind, parameters in groups.items()
+            for (kind, factor), parameters in groups.items()
             if parameters
         ],
         betas=config.betas,

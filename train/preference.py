@@ -18,6 +18,7 @@ from vlm.model import VLM
 from vlm.processor import Row
 from vlm.train.hints import hint_texts
 from vlm.train.loop import Part, Trainer
+from vlm.train.mup import Scale
 
 TOGETHER = 8
 """Pairs whose reference is computed in one forward pass."""
@@ -81,6 +82,9 @@ class PreferenceTrainer(Trainer):
                 parts.append(answer_margins(self.model, rows, torch.cat(features)))
         self.compared = Compared(self.adapter, torch.cat(parts))
         return self.compared
+
+    def scales(self) -> dict[str, Scale]:
+        return {f"adapter.{name}": scale for name, scale in super().scales().items()}
 
     def _all_places(self) -> Iterator[tuple[str, str, int]]:
         """(group, view, number) of every pair in every view that the run may show."""

@@ -58,11 +58,11 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> TrainConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys")
     for setting in settings:
-        _set(values, setting)
+        set_key(values, setting)
     return recipe_config(values)
 
 
-def _set(values: dict[str, Any], setting: str) -> None:
+def set_key(values: dict[str, Any], setting: str) -> None:
     """Applies `a.b=value` (or `sources.0.limit=5`) to nested values; the value is read as YAML."""
     import yaml
 

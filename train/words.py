@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from vlm.config import CAPTION_PROMPT
 from vlm.data.collate import Group
 from vlm.errors import DataError
+from vlm.train import mup
 from vlm.train.loop import Part, Trainer
+from vlm.train.mup import Scale
 
 _SMALL = (
     "a an and are as at be by for from has have her his in into is it its of on or that the their them there "
@@ -103,8 +105,14 @@ class WordTrainer(Trainer):
         with torch.no_grad():
             latents = self.adapter.encode(self.store(self.groups[0], "whole").to(self.accelerator.device))
         self.head = WordHead(latents.shape[2], latents.shape[1], self.targets.frequency)
+        scale = mup.latents_scale(self.model, self.config.optim.mup_base)
+        mup.initialise(self.head, {"words.weight": scale})
         self.head.to(self.accelerator.device)
         return nn.ModuleDict({"adapter": self.adapter, "head": self.head})
+
+    def scales(self) -> dict[str, Scale]:
+        found = {f"adapter.{name}": scale for name, scale in super().scales().items()}
+        return found | {"head.words.weight": mup.latents_scale(self.model, self.config.optim.mup_base)}
 
     def prepare(self, groups: Sequence[Group], epoch: int) -> Part:
         features = torch.cat([self.store(group, self.view(group, epoch)) for group in groups])

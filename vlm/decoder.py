@@ -48,17 +48,20 @@ class DecoderState:
 
     @classmethod
     @torch.inference_mode()
-    def prefill(cls, model: VLM, rows: Sequence[Row], features: Tensor) -> tuple[DecoderState, Tensor]:
+    def prefill(
+        cls, model: VLM, rows: Sequence[Row], features: Tensor, latents: Tensor | None = None
+    ) -> tuple[DecoderState, Tensor]:
         """Reads the prompts: the state after them, and the (B, V) logits of the first new token.
 
         Args:
             features: (I, N, D_v) of the rows' images in reading order.
+            latents: (I, L, W) that the adapter makes of them, where they are known already.
         """
         from transformers import DynamicCache
 
         batch = model.processor.batch(rows, left=True).to(model.device)
         cache = DynamicCache()
-        conditioning = model.condition(batch, features.to(model.device))
+        conditioning = model.condition(batch, features.to(model.device), latents)
         hidden = model.hidden(batch, conditioning, cache)
         state = cls(
             model,

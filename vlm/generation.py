@@ -33,11 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """A prompt's row, the (images, N, D_v) features of its pictures, and how to decode."""
+    """A prompt's row, the (images, N, D_v) features of its pictures, and how to decode.
+
+    Attributes:
+        latents: (images, L, W) that the adapter makes of the features, where they are known already.
+    """
 
     row: Row
     features: Tensor
     config: GenerationConfig = field(default_factory=GenerationConfig)
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,9 @@ class DecodeBatch:
         if not requests:
             return []
         features = torch.cat([request.features for request in requests])
-        state, logits = DecoderState.prefill(self.model, [r.row for r in requests], features)
+        known = [request.latents for request in requests if request.latents is not None]
+        latents = torch.cat(known) if len(known) == len(requests) else None
+        state, logits = DecoderState.prefill(self.model, [r.row for r in requests], features, latents)
         if self._state is None or self._logits is None:
             self._state, self._logits = state, logits
         else:

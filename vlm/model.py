@@ -124,17 +124,20 @@ class VLM(nn.Module):
 
     # --- the network -------------------------------------------------------------------------------
 
-    def latents(self, batch: Batch, features: Tensor) -> Tensor:
-        """(I, N, D_v) features of a batch's images -> (I, L, W)."""
-        if batch.question_ids is None:
+    def latents(
+        self, features: Tensor, question_ids: Tensor | None = None, question_mask: Tensor | None = None
+    ) -> Tensor:
+        """(I, N, D_v) features of images [and (I, Q) words of the turn that shows each] -> (I, L, W)."""
+        if question_ids is None:
             encoded: Tensor = self.adapter.encode(features)
             return encoded
-        question = self.language.embed(batch.question_ids)
-        return self.adapter.encode(features, question, batch.question_mask)
+        return self.adapter.encode(features, self.language.embed(question_ids), question_mask)
 
-    def condition(self, batch: Batch, features: Tensor) -> Conditioning:
-        """What the language model may know of the batch's images."""
-        return self.adapter.prepare(self.latents(batch, features), batch.layout)
+    def condition(self, batch: Batch, features: Tensor, latents: Tensor | None = None) -> Conditioning:
+        """What the language model may know of the batch's images; their latents may be known already."""
+        if latents is None:
+            latents = self.latents(features, batch.question_ids, batch.question_mask)
+        return self.adapter.prepare(latents, batch.layout)
 
     def hidden(self, batch: Batch, conditioning: Conditioning, cache: Any = None) -> Tensor:
         """(B, T, D) hidden states of a batch; with a `transformers` cache, which they fill."""

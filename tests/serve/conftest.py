@@ -1,4 +1,6 @@
-"""One real server for a test session: `vlm serve` as its own process, on real weights, over real sockets."""
+"""Real servers over real sockets: `vlm serve` as its own process on real weights, one for a test session, and
+tiny models served from a thread, where a test must see or break what is inside.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,16 @@ import base64
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -131,6 +136,36 @@ def start(adapter: Path) -> Iterator[Callable[..., Server]]:
 def server(start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
     """The session's server: no key, feedback on."""
     return start("--feedback", str(tmp_path_factory.mktemp("feedback") / "opinions.db"))
+
+
+@contextmanager
+def served(model: Any, settings: Any = None, *, started: bool = True) -> Iterator[httpx.Client]:
+    """A client of a loaded model, served from a thread; unless `started`, its engine stands still."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from vlm.serve.main import build
+    from vlm.serve.settings import Settings
+
+    app = build(model, settings or Settings(), None, model_id="model")
+    lifespan = "on" if started else "off"
+    config = uvicorn.Config(app, ws="none", lifespan=lifespan, log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=256)) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(name="served", scope="session")
+def served_() -> Callable[..., Any]:
+    """`with served(model, settings) as client`: see above."""
+    return served
 
 
 class Make:

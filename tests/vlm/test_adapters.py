@@ -224,13 +224,14 @@ def test_question_aware_queries_read_the_question(make_tiny: Callable[..., VLM],
     latents = []
     for question in ("what colour?", "how many dogs?"):
         batch, features = batch_of(model, Conversation.ask([draw(1)], question))
-        latents.append(model.latents(batch, features))
+        latents.append(model.latents(features, batch.question_ids, batch.question_mask))
     assert not torch.allclose(*latents, atol=1e-2)
     # Questions of different lengths in one batch: padding has no say.
     both, features = batch_of(
         model, Conversation.ask([draw(1)], "what colour?"), Conversation.ask([draw(1)], "how many dogs?")
     )
-    torch.testing.assert_close(model.latents(both, features), torch.cat(latents), atol=1e-5, rtol=1e-4)
+    together = model.latents(features, both.question_ids, both.question_mask)
+    torch.testing.assert_close(together, torch.cat(latents), atol=1e-5, rtol=1e-4)
 
 
 def test_an_image_without_words_beside_a_question(make_tiny: Callable[..., VLM], draw: Draw) -> None:

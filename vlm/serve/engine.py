@@ -255,7 +255,10 @@ class Engine:
     def _read(self, batch: DecodeBatch, tickets: Sequence[Ticket]) -> None:
         from vlm.generation import DecodeRequest
 
-        requests = [DecodeRequest(t.question.row, t.question.features, t.generation) for t in tickets]
+        requests = [
+            DecodeRequest(t.question.row, t.question.features, t.generation, t.question.latents)
+            for t in tickets
+        ]
         try:
             slots = batch.add(requests)
         except Exception:

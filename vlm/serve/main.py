@@ -162,19 +162,20 @@ def build(model: VLM, settings: Settings, keys: Keys | None, *, model_id: str) -
     """The application around a loaded model."""
     from vlm.generation import DecodeBatch
     from vlm.serve.app import create_app
+    from vlm.serve.cache import Latents, MemoryCache
     from vlm.serve.engine import Engine
     from vlm.serve.fetch import FetchDoor
     from vlm.serve.metrics import Metrics
-    from vlm.serve.pictures import Desk, MemoryCache
+    from vlm.serve.pictures import Desk
 
     metrics = Metrics()
-    cache = MemoryCache(settings.cached_pictures, metrics, model.features.cache)
+    cache = MemoryCache(settings.cached_features, metrics, model.features.cache)
     model.features.cache = cast("FeatureCache", cache)  # the two methods that `Features` calls
     door = FetchDoor(
         settings.image_hosts, max_bytes=settings.max_image_bytes,
         seconds=settings.fetch_seconds, redirects=settings.fetch_redirects,
     )  # fmt: skip
-    desk = Desk(model, settings, door)
+    desk = Desk(model, Latents(model, settings.cached_latents, metrics), settings, door)
     engine = Engine(model.pack(), settings, metrics, DecodeBatch)
     return create_app(engine, desk, settings=settings, keys=keys, metrics=metrics, model_id=model_id)
 

@@ -42,6 +42,9 @@ class Metrics:
         self.pictures = Counter(
             "vlm_pictures", "Pictures by where their features came from", ["source"], registry=registry
         )
+        self.latents = Counter(
+            "vlm_latents", "Pictures by where their latents came from", ["source"], registry=registry
+        )
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that reads its value when it is asked for."""

@@ -1,7 +1,7 @@
-"""From a request's messages to what the engine decodes: a row of tokens and its pictures' features.
+"""From a request's messages to what the engine decodes: a row of tokens and its pictures' latents.
 
-At most `workers` decoded pictures exist at a time: each is encoded at once, alone (so that its features do
-not depend on who else is there), and forgotten; the memory cache keeps features only.
+At most `workers` decoded pictures exist at a time: each is encoded at once, alone (so that its numbers do
+not depend on who else is there), and forgotten; `vlm.serve.cache` keeps features and latents only.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import asyncio
 import base64
 import binascii
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -21,80 +19,30 @@ from PIL import Image
 
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import DataError
-from vlm.features import SCORES
 from vlm.images import ImageError, Limits, Picture, open_picture
 from vlm.serve.errors import APIError
 from vlm.serve.fetch import FetchDoor
-from vlm.serve.metrics import Metrics
 from vlm.serve.schemas import ImagePart, Message
 from vlm.serve.settings import Settings
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from vlm.features import FeatureCache
     from vlm.model import VLM
     from vlm.processor import Row
+    from vlm.serve.cache import Latents
 
 T = TypeVar("T")
 _DATA = re.compile(r"data:(?:[a-z]+/[a-z0-9.+-]+)?(?:;[a-z0-9-]+=[a-z0-9.-]+)*;base64,", re.IGNORECASE)
 
 
-class MemoryCache:
-    """Features and label scores by key, the least recently used out first, over a cache on disk if any.
-
-    Args:
-        entries: pictures that are kept; each may have two arrays.
-    """
-
-    def __init__(self, entries: int, metrics: Metrics, below: FeatureCache | None = None) -> None:
-        self._entries = 2 * entries
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-        self._below = below
-        self._metrics = metrics
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, key: str) -> np.ndarray | None:
-        """The array under a key, or None."""
-        with self._lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-        if found is not None:
-            self._count("memory", [key])
-            return found
-        if self._below is not None and (found := self._below.get(key)) is not None:
-            self._count("disk", [key])
-            self._keep({key: found})
-        return found
-
-    def put(self, arrays: dict[str, np.ndarray]) -> None:
-        """Keep what was freshly computed."""
-        self._count("encoder", arrays)
-        self._keep(arrays)
-        if self._below is not None:
-            self._below.put(arrays)
-
-    def _count(self, source: str, keys: Iterable[str]) -> None:
-        self._metrics.pictures.labels(source).inc(sum(not key.endswith(SCORES) for key in keys))
-
-    def _keep(self, arrays: dict[str, np.ndarray]) -> None:
-        with self._lock:
-            self._kept.update(arrays)
-            while len(self._kept) > self._entries:
-                self._kept.popitem(last=False)
-
-
 @dataclass(frozen=True)
 class Question:
-    """What the engine is asked: a prompt's row and its pictures' features, (I, N, D_v)."""
+    """What the engine is asked: a prompt's row, its pictures' (I, N, D_v) features and (I, L, W) latents."""
 
     row: Row
     features: Tensor
+    latents: Tensor
 
     @property
     def prompt_tokens(self) -> int:
@@ -105,8 +53,9 @@ class Question:
 class Desk:
     """Opens what requests bring. One for a server; its threads do everything that is slow."""
 
-    def __init__(self, model: VLM, settings: Settings, door: FetchDoor) -> None:
+    def __init__(self, model: VLM, latents: Latents, settings: Settings, door: FetchDoor) -> None:
         self._model = model
+        self._latents = latents
         self._settings = settings
         self._door = door
         self._limits = Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
@@ -122,11 +71,17 @@ class Desk:
         # Words first: a conversation that is too long is refused before any picture is opened.
         conversation = Conversation(tuple(b"" for _ in urls), turns)
         row = await self.run(lambda: self._row(conversation, answer))
-        seen = await self._each(urls, lambda picture: self._model.see([picture]))
-        hints = [hint for _, (hint,) in seen]
+        asked = row.tokens.questions
+
+        def look(picture: Picture, number: int) -> tuple[Tensor, str, Tensor]:
+            features, (hint,) = self._model.see([picture])
+            return features, hint, self._latents(picture, features, asked[number])
+
+        seen = await self._each(urls, look)
+        hints = [hint for _, hint, _ in seen]
         if any(hints):
             row = await self.run(lambda: self._row(conversation, answer, hints))
-        return Question(row, await self.run(lambda: self._stacked([features for features, _ in seen])))
+        return await self.run(lambda: self._question(row, seen))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -134,7 +89,7 @@ class Desk:
         """The conversation and its pictures, at most `side` pixels wide and high (for the feedback store)."""
         outline, urls = self._outline(messages)
 
-        def shrink(picture: Picture) -> Image.Image:
+        def shrink(picture: Picture, _: int) -> Image.Image:
             pixels = picture.pixels.copy()
             pixels.thumbnail((side, side))
             return pixels
@@ -162,12 +117,12 @@ class Desk:
             raise _bad(f"At most {self._model.adapter.max_group} pictures may stand side by side.")
         return turns, urls
 
-    async def _each(self, urls: list[str], use: Callable[[Picture], T]) -> list[T]:
+    async def _each(self, urls: list[str], use: Callable[[Picture, int], T]) -> list[T]:
         results = []
         for number in range(len(urls)):
             url, urls[number] = urls[number], ""  # a 20 MB text is not needed once it is bytes
             data = await self._bytes(url, number + 1)
-            results.append(await self.run(lambda d=data, n=number: use(self._open(d, n + 1))))  # type: ignore[misc]
+            results.append(await self.run(lambda d=data, n=number: use(self._open(d, n + 1), n)))  # type: ignore[misc]
         return results
 
     async def _bytes(self, url: str, number: int) -> bytes:
@@ -185,10 +140,13 @@ class Desk:
         except ImageError as error:
             raise _bad_image(str(error)) from None
 
-    def _stacked(self, encoded: Sequence[Tensor]) -> Tensor:
+    def _question(self, row: Row, seen: Sequence[tuple[Tensor, str, Tensor]]) -> Question:
         import torch
 
-        return torch.cat(list(encoded)) if encoded else self._model.encode([])
+        if not seen:
+            nothing = self._model.encode([])
+            return Question(row, nothing, self._model.latents(nothing))
+        return Question(row, torch.cat([one[0] for one in seen]), torch.cat([one[2] for one in seen]))
 
     def _row(self, conversation: Conversation, answer: str | None, hints: Sequence[str] = ()) -> Row:
         try:

@@ -50,8 +50,10 @@ class Settings:
     """Open TCP connections."""
     default_new_tokens: int = 128
     max_new_tokens: int = 1024
-    cached_pictures: int = 512
-    """Image features kept in memory, least recently used out first."""
+    cached_features: int = 64 * MIB
+    """Image features kept in memory, least recently used out first: of the default encoder, 500 pictures'."""
+    cached_latents: int = 64 * MIB
+    """What the adapter makes of them, likewise: of the default adapter, 1,300 pictures'."""
     workers: int = 2
     """Threads that open and encode pictures; at most this many decoded pictures exist at a time."""
 
