@@ -22,7 +22,8 @@ from vlm.data.convert import daquar, easy_vqa, flickr8k
 from vlm.data.example import Example
 from vlm.data.rows import BadRow
 from vlm.data.splits import canonical_split, split_by_image
-from vlm.data.streams import Shard, read_hub, read_parquet, read_webdataset
+from vlm.data.shards import Shard
+from vlm.data.streams import read_hub, read_parquet, read_webdataset
 from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
 from vlm.errors import DataError
 
@@ -155,6 +156,15 @@ def _part_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
     return named[part], True
 
 
+def shards_in(folder: Path, split: str) -> tuple[str, list[Path], bool] | None:
+    """(kind, files, whether they are named after the split) of a folder of shards; None where it has none."""
+    for suffix, kind in ((".parquet", "parquet"), (".tar", "webdataset")):
+        files = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
+        if files:
+            return kind, *_part_files(files, split)
+    return None
+
+
 def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
@@ -179,11 +189,9 @@ def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | 
         if wanted not in parts:
             raise DataError(f"{folder} has no {wanted} part; it has {', '.join(sorted(parts))}")
         return read_image_folder(parts[wanted]), True
-    for suffix, read in ((".parquet", read_parquet), (".tar", read_webdataset)):
-        files = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
-        if files:
-            chosen, named = _part_files(files, split)
-            return read(chosen, shard), named
+    if (found_shards := shards_in(folder, split)) is not None:
+        kind, chosen, named = found_shards
+        return (read_parquet if kind == "parquet" else read_webdataset)(chosen, shard), named
     tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".tsv", ".jsonl", ".json")]
     if len(tables) == 1:
         return _file(tables[0], split, shard)

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 import tarfile
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm.data.example import Example
 from vlm.data.rows import IMAGE_COLUMNS, BadRow, RowError, as_text, load_json
+from vlm.data.shards import Part, Shard, parts_of
 from vlm.data.tables import Rows, text_rows, to_examples
 from vlm.errors import DataError
 
+T = TypeVar("T")
+
 SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "val"), "test": ("test",)}
 TEXT_TABLES = (".csv", ".tsv", ".jsonl")
-Shard = tuple[int, int]
+PATIENCE = 60.0
+"""Seconds without a byte after which a remote shard counts as lost."""
 
 
 def _load(kind: str, files: Sequence[str]) -> Any:
@@ -41,17 +46,25 @@ def _undecoded(stream: Any) -> Any:
     return stream
 
 
-def _tar_samples(url: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """(key, row) of a WebDataset shard: neighbouring members `KEY.jpg`, `KEY.txt`, `KEY.json` make a row.
-
-    `datasets` guesses one type for each JSON field and gives the whole shard up for one broken member; here
-    a broken member is a bad row and every value is text.
-    """
+def _open(url: str) -> Any:
+    """A context that opens a local or remote file for reading from its beginning to its end."""
+    if url.startswith(("http://", "https://")):
+        return urllib.request.urlopen(url, timeout=PATIENCE)
     import fsspec
 
-    key, problem = "", ""
+    return fsspec.open(url, "rb")
+
+
+def _tar_samples(url: str, part: Part, start: int) -> Iterator[tuple[int, str, dict[str, Any] | BadRow]]:
+    """(number, key, row) of a WebDataset shard: neighbouring members `KEY.jpg`, `KEY.txt`, `KEY.json` are a row.
+
+    `datasets` guesses one type for each JSON field and gives the whole shard up for one broken member; here
+    a broken member is a bad row and every value is text. Members of other rows than the wanted ones are passed
+    over unread.
+    """
+    key, problem, number = "", "", -1
     row: dict[str, Any] = {}
-    with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+    with _open(url) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")
@@ -59,15 +72,17 @@ def _tar_samples(url: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
                 continue
             if (new := f"{folder}/{stem}".lstrip("/")) != key:
                 if row or problem:
-                    yield key, BadRow(key, problem) if problem else row
-                key, row, problem = new, {}, ""
+                    yield number, key, BadRow(key, problem) if problem else row
+                key, row, problem, number = new, {}, "", number + 1
+            if number < start or not part.holds(number):
+                continue
             content = tar.extractfile(member)
             try:
                 row.update(_member(suffix.lower(), content.read() if content else b""))
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
                 problem = f"member .{suffix} is damaged"
     if row or problem:
-        yield key, BadRow(key, problem) if problem else row
+        yield number, key, BadRow(key, problem) if problem else row
 
 
 def _member(suffix: str, content: bytes) -> dict[str, Any]:
@@ -83,32 +98,34 @@ def _member(suffix: str, content: bytes) -> dict[str, Any]:
     return {}
 
 
-def _file_rows(kind: str, file: str) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def file_rows(
+    kind: str, file: str, part: Part, start: int = 0
+) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRow]]:
+    """(number, place, row) of a part of one Parquet file or tar shard.
+
+    Args:
+        kind: `parquet` or `webdataset`.
+        file: a path or a URL.
+        part: which rows.
+        start: rows before this number are passed over. A row's place is the same whoever reads it.
+    """
     name = PurePosixPath(file).name
     if kind == "webdataset":
-        for key, row in _tar_samples(file):
+        for number, key, row in _tar_samples(file, part, start):
             place = f"{name}/{key}"
-            yield place, BadRow(place, row.cause, row.detail) if isinstance(row, BadRow) else row
+            yield number, place, BadRow(place, row.cause, row.detail) if isinstance(row, BadRow) else row
         return
-    for index, row in enumerate(_load(kind, [file])):
-        yield f"{name} row {index}", row
+    stream = _load(kind, [file])
+    for number, row in enumerate(stream.skip(start) if start else stream, start=start):
+        if part.holds(number):
+            yield number, f"{name} row {number}", row
 
 
 def _rows(kind: str, files: Sequence[str], shard: Shard) -> Rows:
-    """(place, row) of this reader's part: whole files where they divide evenly, else every n-th row.
-
-    A row's place is the same whoever reads it.
-    """
-    rank, world = shard
-    by_file = len(files) % world == 0
-    total = 0
-    for number, file in enumerate(files):
-        if by_file and number % world != rank:
-            continue
-        for place, row in _file_rows(kind, file):
-            if by_file or total % world == rank:
-                yield place, row
-            total += 1
+    """(place, row) of one reader's parts of the files."""
+    for part in parts_of(range(len(files)), shard):
+        for _, place, row in file_rows(kind, files[part.file], part):
+            yield place, row
 
 
 def _stream_rows(stream: Any, name: str, shard: Shard) -> Rows:
@@ -117,7 +134,7 @@ def _stream_rows(stream: Any, name: str, shard: Shard) -> Rows:
             yield f"{name} row {index}", row
 
 
-def _guarded(examples: Iterator[Example | BadRow], name: str) -> Iterator[Example | BadRow]:
+def guarded(examples: Iterator[T], name: str) -> Iterator[T]:
     """The same, with what `datasets` and its readers raise turned into a message for the user."""
     import pyarrow as pa
 
@@ -134,7 +151,7 @@ def _guarded(examples: Iterator[Example | BadRow], name: str) -> Iterator[Exampl
 def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Example | BadRow]:
     name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*{files[0].suffix}"
     rows = _rows(kind, [str(file) for file in files], shard)
-    return _guarded(to_examples(rows, files[0].parent), name)
+    return guarded(to_examples(rows, files[0].parent), name)
 
 
 def read_parquet(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
@@ -165,11 +182,15 @@ def _remote_rows(url: str) -> Rows:
     return text_rows(Path(PurePosixPath(url).name), _remote_text(url))
 
 
-def _remote_examples(urls: Sequence[str]) -> Iterator[Example | BadRow]:
-    """Text tables and the pictures that stand beside them, wherever `datasets` found them."""
+def _remote_examples(urls: Sequence[str], shard: Shard) -> Iterator[Example | BadRow]:
+    """Text tables and the pictures that stand beside them, wherever `datasets` found them.
+
+    Every reader reads the tables; each opens the pictures of its own rows alone.
+    """
     import fsspec
 
-    for url in urls:
+    for part in parts_of(range(len(urls)), shard):
+        url = urls[part.file]
         folder = url.rsplit("/", 1)[0]
 
         def find(value: Any, folder: str = folder) -> bytes:
@@ -183,16 +204,12 @@ def _remote_examples(urls: Sequence[str]) -> Iterator[Example | BadRow]:
                 raise RowError("picture missing", name[:80]) from None
             return content
 
-        yield from to_examples(_remote_rows(url), find)
+        rows = (row for number, row in enumerate(_remote_rows(url)) if part.holds(number))
+        yield from to_examples(rows, find)
 
 
-def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
-    """A data set of the hub (or a local folder in its layout), streamed.
-
-    Args:
-        repo: `owner/name`, or `owner/name:config`.
-        split: `train`, `dev` or `test`; the data set may call dev validation.
-        shard: (rank, world), as for Parquet.
+def hub_part(repo: str, split: str) -> tuple[Any, str, str, list[str]]:
+    """(builder, kind, part, URLs of its files) of a data set that `datasets` finds.
 
     Raises:
         DataError: the data set or the split is not there.
@@ -212,12 +229,26 @@ def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator
         raise DataError(f"{repo} has no {split} part; it has {', '.join(known) or 'none'}")
     kind = type(builder).__module__.split(".")[-1]
     urls = [str(url) for url in files.get(part, [])]
+    return builder, kind, part, urls
+
+
+def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
+    """A data set of the hub (or a local folder in its layout), streamed.
+
+    Args:
+        repo: `owner/name`, or `owner/name:config`.
+        split: `train`, `dev` or `test`; the data set may call dev validation.
+        shard: (rank, world), as for Parquet.
+
+    Raises:
+        DataError: the data set or the split is not there.
+    """
+    builder, kind, part, urls = hub_part(repo, split)
     tables = [url for url in urls if url.endswith(TEXT_TABLES)]
     if tables and kind in ("imagefolder", "csv", "json"):
         # metadata.jsonl, or a table of any name beside its pictures
-        examples = (e for n, e in enumerate(_remote_examples(tables)) if n % shard[1] == shard[0])
-        return _guarded(examples, repo)
+        return guarded(_remote_examples(tables, shard), repo)
     if kind in ("parquet", "webdataset"):
-        return _guarded(to_examples(_rows(kind, urls, shard), Path()), repo)
+        return guarded(to_examples(_rows(kind, urls, shard), Path()), repo)
     stream = _undecoded(builder.as_streaming_dataset(split=part))
-    return _guarded(to_examples(_stream_rows(stream, repo, shard), Path()), repo)
+    return guarded(to_examples(_stream_rows(stream, repo, shard), Path()), repo)

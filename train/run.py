@@ -21,15 +21,16 @@ from vlm.data.example import Example
 from vlm.data.readers import Reading
 from vlm.features import FeatureCache
 from vlm.model import VLM
-from vlm.train import checks
+from vlm.train import checks, mup
 from vlm.train.card import write_card
 from vlm.train.config import TrainConfig
+from vlm.train.dev import FILE, apportion, open_dev
 from vlm.train.holdout import Held, Judge, write_report
 from vlm.train.loop import Trainer
 from vlm.train.pairs import paired
 from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
-from vlm.train.prepare import FeatureStore, groups_of, read_sources, set_aside
+from vlm.train.prepare import FeatureStore, groups_of, set_aside
 from vlm.train.record import Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
@@ -55,18 +56,21 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
     if start is None:
         return False
     accelerator = Accelerator(
-        cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()),
+        cpu=on_cpu(device),
         log_with=list(config.trackers) or None,
         project_dir=config.out,
     )
     out = Path(config.out)
     if fresh and accelerator.is_main_process:
         shutil.rmtree(out / "state", ignore_errors=True)
+        (out / FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     with Screen(accelerator.is_main_process) as screen:
-        sources, held = set_aside(read_sources(config), config.holdout)
+        sources, aside = apportion(config)
+        sources, held = set_aside(sources, config.holdout)
         model = make_model(config, offline, start)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
+        dev = open_dev(config, model, aside, screen, accelerator)
         reading, held = checks.check(config.data or "the data", sources, held, store)
         screen.say(checks.check_text(reading))
         if checks.own(config):
@@ -77,6 +81,8 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         trainer = kind(model, config, groups, store, lambda _: None, accelerator)
         trainer.resume(screen.say)
         done = _run(trainer, screen, held, reading)
+        if dev is not None and done:
+            screen.say(f"loss on {config.dev} pictures set aside: {dev.write(trainer)['loss']:.4f}")
     if judge is not None and before is not None and done:
         # The adapter as it was saved, on the frozen parts as others will load them.
         saved = load_model(out, offline=offline, device=str(accelerator.device))
@@ -92,7 +98,13 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
             "the adapter is in" if done else f"stopped after step {trainer.step}; the same command goes on:"
         )
         print(f"{word} {out}", file=sys.stderr if not done else sys.stdout, flush=True)
+    accelerator.wait_for_everyone()
     return done
+
+
+def on_cpu(device: str) -> bool:
+    """Whether `--device` keeps a run off every GPU, or none is there."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def _learn_words(config: TrainConfig, offline: bool, fresh: bool, device: str) -> str | None:
@@ -121,7 +133,11 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
     """The recipe's model with a feature cache: fresh, or from `start` (or the recipe's own)."""
     torch.manual_seed(config.seed)
     start = start or config.start
-    model = load_model(start, offline=offline) if start else build_model(config.model, offline=offline)
+    if start:
+        model = load_model(start, offline=offline)
+    else:
+        model = build_model(config.model, offline=offline)
+        mup.initialise(model.adapter, mup.scales(model, config.optim.mup_base))
     model.features.cache = FeatureCache(Path(config.feature_cache or cache_root() / "features"))
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import csv
 import gc
 import io
@@ -64,6 +65,7 @@ def _load(args: argparse.Namespace) -> tuple[VLM, float]:
     # What the imports make stays to the end: to look through it for garbage again and again, while it
     # grows, takes two of eight seconds.
     gc.disable()
+    atexit.register(gc.freeze)  # nor is it looked through at the very end, which takes another
     try:
         apply_common(args)
         from vlm.model import VLM

@@ -142,9 +142,13 @@ def server(start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactor
 def served(model: Any, settings: Any = None, *, started: bool = True) -> Iterator[httpx.Client]:
     """A client of a loaded model, served from a thread; unless `started`, its engine stands still."""
     uvicorn = pytest.importorskip("uvicorn")
+    import torch
+
     from vlm.serve.main import build
     from vlm.serve.settings import Settings
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products are slower with more
     app = build(model, settings or Settings(), None, model_id="model")
     lifespan = "on" if started else "off"
     config = uvicorn.Config(app, ws="none", lifespan=lifespan, log_config=None, access_log=False)
@@ -159,6 +163,7 @@ def served(model: Any, settings: Any = None, *, started: bool = True) -> Iterato
     finally:
         server.should_exit = True
         thread.join(30)
+        torch.set_num_threads(threads)
     assert not thread.is_alive()
 
 
