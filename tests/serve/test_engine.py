@@ -1,0 +1,143 @@
+"""The engine behind the real routes, with tiny models: many strangers at once, and failures inside."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from vlm.bench.serve import Reply, judge
+from vlm.bench.serve import ask as ask_patiently
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+
+STRANGERS = 500
+WORDS = ("a", "dog", "runs", "on", "the", "grass", "while", "man", "in", "red", "shirt", "water")
+
+
+def stranger(number: int, make: Any) -> dict[str, Any]:
+    """The request of this number: pictures, words and length of its own; some have several turns."""
+    dice = random.Random(number)
+    urls = [make.url(number + STRANGERS * place) for place in range(dice.choice((1, 1, 1, 2, 3)))]
+    messages = [make.user(" ".join(dice.choices(WORDS, k=dice.randint(1, 12))), *urls)]
+    if dice.random() < 0.3:
+        messages += [{"role": "assistant", "content": dice.choice(WORDS)}, make.user(dice.choice(WORDS))]
+    return {"model": "model", "messages": messages, "logprobs": True, "max_tokens": dice.randint(2, 8)}
+
+
+@pytest.mark.slow
+def test_500_strangers_at_once_get_the_answers_that_they_get_alone(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    requests = [stranger(number, make) for number in range(STRANGERS)]
+    with served(make_tiny()) as client:
+        alone = [ask_patiently(client, request)[0] for request in requests]
+        with ThreadPoolExecutor(48) as pool:
+            together = list(pool.map(lambda request: ask_patiently(client, request)[0], requests))
+    verdicts = Counter(map(judge, alone, together))
+    assert verdicts["wrong"] == verdicts["lost"] == 0
+    assert verdicts["equal"] >= STRANGERS - 5  # the rest are near ties
+    # Had answers been swapped, it would have been seen: hardly two are alike.
+    assert len({reply.tokens for reply in alone}) > STRANGERS * 0.95
+
+
+def test_a_judge_that_tells_them_apart() -> None:
+    said = Reply(200, "ab", (("a", -1.0), ("b", -0.5)))
+    assert judge(said, said) == "equal"
+    assert judge(said, Reply(200, "ac", (("a", -1.0), ("c", -0.5004)))) == "near-tie"
+    assert judge(said, Reply(200, "ac", (("a", -1.0), ("c", -0.6)))) == "wrong"
+    assert judge(said, Reply(500)) == "lost"
+
+
+def chat(make: Any, **more: Any) -> dict[str, Any]:
+    return {"model": "model", "messages": [make.user("What?", make.url(1))], "max_tokens": 8, **more}
+
+
+def frames(text: str) -> list[Any]:
+    """The events of a stream; "[DONE]" stays a word."""
+    data = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def test_a_stream_has_the_log_probabilities_of_the_whole_answer(
+    tiny_model: VLM, served: Callable[..., Any], make: Any
+) -> None:
+    with served(tiny_model) as client:
+        asked = chat(make, logprobs=True, n=2, temperature=1.0, top_p=0.9, seed=5)
+        whole = client.post("/v1/chat/completions", json=asked).json()
+        reply = client.post("/v1/chat/completions", json={**asked, "stream": True})
+    *chunks, done = frames(reply.text)
+    assert done == "[DONE]"
+    told: dict[int, list[Any]] = {0: [], 1: []}
+    ends: dict[int, str] = {}
+    for (choice,) in (chunk["choices"] for chunk in chunks):
+        told[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
+        if choice["finish_reason"]:
+            ends[choice["index"]] = choice["finish_reason"]
+    for choice in whole["choices"]:
+        assert told[choice["index"]] == choice["logprobs"]["content"]
+        assert ends[choice["index"]] == choice["finish_reason"]
+
+
+def test_a_narrow_nucleus_is_greedy(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    def said(**more: Any) -> str:
+        reply = client.post("/v1/chat/completions", json=chat(make, seed=1, **more)).json()
+        return str(reply["choices"][0]["message"]["content"])
+
+    with served(make_tiny()) as client:
+        greedy = said(temperature=0)
+        assert said(temperature=2, top_p=1e-6) == greedy
+        assert said(temperature=2) != greedy
+
+
+def failing_after(model: VLM, steps: int) -> Any:
+    """From the given call on, the language model's last layer fails as a device that gave up would."""
+    calls = [0]
+
+    def fail(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] > steps:
+            raise RuntimeError("zebrafish-7231")
+
+    return model.language.layers[-1].register_forward_pre_hook(fail)
+
+
+def test_a_failure_in_mid_stream_is_an_error_frame_and_the_next_is_answered(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    model = make_tiny()
+    with served(model) as client:
+        whole = client.post("/v1/chat/completions", json=chat(make)).json()["choices"][0]["message"]
+        hook = failing_after(model, 3)
+        broken = client.post("/v1/chat/completions", json=chat(make, stream=True))
+        hook.remove()
+        assert broken.status_code == 200
+        *said, last = frames(broken.text)
+        assert said and all("choices" in frame for frame in said)
+        assert last["error"]["code"] == "internal_error" and last["error"]["type"] == "server_error"
+        hook = failing_after(model, 0)
+        refused = client.post("/v1/chat/completions", json=chat(make))
+        hook.remove()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "internal_error")
+        assert "zebrafish" not in broken.text + refused.text
+        again = client.post("/v1/chat/completions", json=chat(make)).json()["choices"][0]["message"]
+        assert again == whole
+
+
+def test_an_engine_that_stands_still_is_503(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    with served(make_tiny(), started=False) as client:
+        assert client.get("/health").status_code == 200
+        for reply in (client.get("/ready"), client.post("/v1/chat/completions", json=chat(make))):
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
