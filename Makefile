@@ -37,6 +37,7 @@ lint: $(VENV)/.lint
 	cd build/check && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p vlm
 
 bench: $(VENV)/.all $(VENV)/.weights
+	$(BIN)/vlm bench ask
 	$(BIN)/vlm bench serve crossing
 	$(BIN)/vlm bench serve speedup
 

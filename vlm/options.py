@@ -62,6 +62,12 @@ def apply_common(args: argparse.Namespace) -> None:
     args.device = _device(args.device)
 
 
+def common_words(args: argparse.Namespace) -> list[str]:
+    """The command-line words that give another `vlm` process the same shared options."""
+    words = ["--device", args.device, "--dtype", args.dtype] + ["--offline"] * args.offline
+    return words + (["--threads", str(args.threads)] if args.threads else [])
+
+
 def _device(name: str) -> str:
     import torch
 

@@ -6,6 +6,7 @@ from vlm.cli import Command
 from vlm.options import make_parser
 
 BENCHMARKS = {
+    "ask": Command("vlm.bench.ask:main", "an answer from nothing, and answers a second of many"),
     "train": Command("vlm.bench.train:main", "training: captions a second beside Idefics and Blip2"),
     "serve": Command("vlm.bench.serve:main", "the server: many users at once against one after another"),
 }

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import VLMError
-from vlm.options import make_parser
+from vlm.options import add_common, apply_common, common_words, make_parser
 
 QUESTIONS = (
     "What is in the picture?", "Describe the picture.", "What colour is it?", "Is there an animal?",
@@ -49,13 +49,15 @@ class Reply:
 def main(argv: list[str]) -> int:
     """Run one measurement."""
     parser = make_parser("vlm bench serve", "Measure the server.")
-    parser.add_argument("job", choices=("crossing", "load", "speedup"))
+    parser.add_argument("job", nargs="?", choices=("crossing", "load", "speedup"), default="speedup")
+    parser.add_argument("--json", action="store_true", help="no difference: it is always one JSON object")
     parser.add_argument("--adapter", default="default", help="a shipped adapter, a folder or a hub id")
     parser.add_argument("--requests", type=int, default=500, help="crossing: how many (default: 500)")
     parser.add_argument("--clients", type=int, default=32, help="clients at once (default: 32)")
     parser.add_argument("--minutes", type=float, default=10, help="load: how long (default: 10)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the model (default: 2)")
+    add_common(parser)
     args = parser.parse_args(argv)
+    apply_common(args)
     result, fine = {"crossing": crossing, "load": load, "speedup": speedup}[args.job](args)
     print(json.dumps(result, indent=2))
     return 0 if fine else 1
@@ -98,20 +100,9 @@ def sample_picture(number: int) -> bytes:
 @contextmanager
 def running_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """`vlm serve` in a process of its own: its address and process id."""
-    command = [
-        sys.executable,
-        "-m",
-        "vlm",
-        "serve",
-        "--adapter",
-        args.adapter,
-        "--name",
-        "bench",
-        "--port",
-        "0",
-    ]
+    command = [sys.executable, "-m", "vlm", "serve", "--adapter", args.adapter, "--name", "bench"]
     process = subprocess.Popen(
-        [*command, "--quiet", "--threads", str(args.threads)], stdout=subprocess.PIPE, text=True
+        [*command, "--port", "0", "--quiet", *common_words(args)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -243,8 +234,7 @@ def speedup(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     from vlm.serve.main import build
     from vlm.serve.settings import Settings
 
-    torch.set_num_threads(args.threads)
-    model = VLM.from_pretrained(args.adapter)
+    model = VLM.from_pretrained(args.adapter, device=args.device, dtype=args.dtype, offline=args.offline)
     # The end of the answer is never chosen, so that both ways write 64 tokens.
     model.language.added_ids = (*model.language.added_ids, model.language.frame.end)
     pictures = [sample_picture(number) for number in range(16)]
@@ -271,7 +261,7 @@ def speedup(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     thread.join()
     same = sum(one == other.strip() for one, other in zip(alone, together, strict=True))
     result = {
-        "threads": args.threads,
+        "threads": torch.get_num_threads(),
         "one_by_one_seconds": round(one_by_one, 2), "at_once_seconds": round(at_once, 2),
         "times_sooner": round(one_by_one / at_once, 2), "equal_answers": same,
     }  # fmt: skip
