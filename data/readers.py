@@ -21,8 +21,8 @@ from vlm.data import coco
 from vlm.data.convert import daquar, easy_vqa, flickr8k
 from vlm.data.example import Example
 from vlm.data.rows import BadRow
-from vlm.data.splits import canonical_split, split_by_image
 from vlm.data.shards import Shard
+from vlm.data.splits import canonical_split, split_by_image
 from vlm.data.streams import read_hub, read_parquet, read_webdataset
 from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
 from vlm.errors import DataError

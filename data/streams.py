@@ -24,14 +24,19 @@ T = TypeVar("T")
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "val"), "test": ("test",)}
 TEXT_TABLES = (".csv", ".tsv", ".jsonl")
+PARQUET_BATCH = 64
+"""Rows that are read at a time."""
 PATIENCE = 60.0
 """Seconds without a byte after which a remote shard counts as lost."""
 
 
-def _load(kind: str, files: Sequence[str]) -> Any:
+def _parquet(file: str) -> Any:
     import datasets
 
-    stream = datasets.load_dataset(kind, data_files={"train": list(files)}, split="train", streaming=True)
+    # With a batch of its own size: the default one is the first row group's, and an empty file has none.
+    stream = datasets.load_dataset(
+        "parquet", data_files={"train": [file]}, split="train", streaming=True, batch_size=PARQUET_BATCH
+    )
     return _undecoded(stream)
 
 
@@ -56,11 +61,10 @@ def _open(url: str) -> Any:
 
 
 def _tar_samples(url: str, part: Part, start: int) -> Iterator[tuple[int, str, dict[str, Any] | BadRow]]:
-    """(number, key, row) of a WebDataset shard: neighbouring members `KEY.jpg`, `KEY.txt`, `KEY.json` are a row.
+    """(number, key, row) of a WebDataset shard: neighbours `KEY.jpg`, `KEY.txt`, `KEY.json` make a row.
 
     `datasets` guesses one type for each JSON field and gives the whole shard up for one broken member; here
-    a broken member is a bad row and every value is text. Members of other rows than the wanted ones are passed
-    over unread.
+    a broken member is a bad row and every value is text. Rows that are not wanted are passed over unread.
     """
     key, problem, number = "", "", -1
     row: dict[str, Any] = {}
@@ -115,7 +119,7 @@ def file_rows(
             place = f"{name}/{key}"
             yield number, place, BadRow(place, row.cause, row.detail) if isinstance(row, BadRow) else row
         return
-    stream = _load(kind, [file])
+    stream = _parquet(file)
     for number, row in enumerate(stream.skip(start) if start else stream, start=start):
         if part.holds(number):
             yield number, f"{name} row {number}", row
@@ -143,9 +147,8 @@ def guarded(examples: Iterator[T], name: str) -> Iterator[T]:
     except (pa.ArrowException, tarfile.TarError, ValueError, OSError, KeyError, EOFError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{name} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise DataError(f"{name} cannot be read: {reason}") from error
 
 
 def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Example | BadRow]:

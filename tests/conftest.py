@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,51 @@ def draw() -> Callable[..., Image.Image]:
         return Image.fromarray(squares).resize((side, side), Image.Resampling.NEAREST)
 
     return picture
+
+
+@pytest.fixture(scope="session")
+def write_shards(draw: Callable[..., Image.Image]) -> Callable[..., list[Path]]:
+    """`write_shards(folder, sizes, kind="tar")`: a shard of so many captioned pictures for each size.
+
+    The captions are numbers, counted through all shards; every picture is another one.
+    """
+    import io
+
+    def write(folder: Path, sizes: Sequence[int], kind: str = "tar") -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        files, number = [], 0
+        for shard, size in enumerate(sizes):
+            rows = []
+            for _ in range(size):
+                picture = io.BytesIO()
+                draw(1000 + number, 8).save(picture, format="PNG")
+                rows.append((f"{number:05}", picture.getvalue(), f"picture number {number}"))
+                number += 1
+            files.append(folder / f"train-{shard:03}.{kind}")
+            (_write_tar if kind == "tar" else _write_parquet)(files[-1], rows)
+        return files
+
+    return write
+
+
+def _write_tar(path: Path, rows: list[tuple[str, bytes, str]]) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(path, "w") as tar:
+        for key, picture, caption in rows:
+            for suffix, content in (("png", picture), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def _write_parquet(path: Path, rows: list[tuple[str, bytes, str]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {"id": [r[0] for r in rows], "image": [r[1] for r in rows], "text": [r[2] for r in rows]}
+    pq.write_table(pa.table(table), path, row_group_size=2)
 
 
 # --- tiny models --------------------------------------------------------------------------------------
