@@ -19,6 +19,8 @@ chunks = list(client.chat.completions.create(**request, stream=True, stream_opti
 said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 assert said == whole.choices[0].message.content, (said, whole)
 assert chunks[-1].usage == whole.usage
+several = client.chat.completions.create(**request, n=2, temperature=1.2, top_p=0.9, seed=3, stop=["zebra"])
+assert [choice.index for choice in several.choices] == [0, 1]
 
 bad = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
@@ -26,7 +28,14 @@ bad = [
 for change, error, code in (
     ({"model": "gpt-4o"}, openai.NotFoundError, "model_not_found"),
     ({"messages": bad}, openai.BadRequestError, "invalid_image"),
+    (
+        {"messages": [{"role": "user", "content": "word " * 5000}]},
+        openai.BadRequestError,
+        "context_length_exceeded",
+    ),
     ({"temperature": 9}, openai.UnprocessableEntityError, "invalid_request"),
+    ({"n": 5}, openai.UnprocessableEntityError, "invalid_request"),
+    ({"logit_bias": {"1": 2}}, openai.BadRequestError, "unsupported_parameter"),
 ):
     try:
         client.chat.completions.create(**{**request, **change})
