@@ -175,9 +175,14 @@ def _data(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
         kind = "questions made from its captions" if source["questions"] else "as it is"
         licence = DATA_LICENCES.get(source["name"], "as its owner says")
         rows.append((_name(source, recipe), source["split"], kind, source["weight"], licence))
-    plan = facts["preflight"]
+    plan, read = facts["preflight"], facts.get("streamed")
+    seen = (
+        f"{read['rows']:,} rows read from shards ({read['unusable']:,} of no use), {read['laps']} whole laps"
+        if read
+        else f"{plan['pictures']:,} pictures, {plan['answers']:,} answers"
+    )
     rest = [
-        f"{plan['pictures']:,} pictures, {plan['answers']:,} answers; hash `{facts['data_hash'][:16]}`.",
+        f"{seen}; hash `{facts['data_hash'][:16]}`.",
         f"{facts['held_out']} pictures were set aside." if facts.get("held_out") else "",
         f"{facts['unreadable']} could not be read and were left out." if facts.get("unreadable") else "",
     ]

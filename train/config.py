@@ -119,6 +119,8 @@ class TrainConfig:
     """Adapter to start from (`default`, or a folder); its sizes replace `model`. Empty: a fresh one."""
     sources: tuple[SourceConfig, ...] = ()
     """What to learn from."""
+    stream: bool = False
+    """Read the one source, which is in shards, while training: every process its own share, nothing held."""
     data: str = ""
     """Folder of the data (`data=DIR` on the command line); preference pairs, or a feedback database."""
     out: str = "runs/adapter"
@@ -179,6 +181,7 @@ class TrainConfig:
         if self.objective == "cider" and self.samples < 2:
             raise ConfigError("the objective cider compares samples: samples must be at least 2")
         self._check_preference()
+        self._check_stream()
         if self.steps < 1 or self.batch < 1 or self.micro < 0:
             raise ConfigError("steps and batch must be at least 1, micro at least 0")
         if self.save_every < 1 or self.keep < 1 or self.log_every < 1:
@@ -192,6 +195,16 @@ class TrainConfig:
         told = self.hints
         if min(told.drop, told.swap) < 0 or told.drop + told.swap > 1 or not 0 <= told.naming <= 1:
             raise ConfigError("hints: drop, swap and naming are shares, drop and swap together at most 1")
+
+    def _check_stream(self) -> None:
+        if not self.stream:
+            return
+        if self.objective != "likelihood" or self.words.steps:
+            raise ConfigError("stream goes with the objective likelihood, and without words.steps")
+        if len(self.sources) > 1 or any(source.questions or source.limit for source in self.sources):
+            raise ConfigError("stream reads one source, without questions or limit")
+        if self.holdout or self.dev or self.pictures:
+            raise ConfigError("stream sets nothing aside: holdout, dev and pictures must be 0")
 
     def _check_preference(self) -> None:
         if not 0 < self.beta < math.inf:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +153,7 @@ class Trainer:
             # Sums are split among threads, so their number is part of every result's last bits.
             say(f"the run was started with {threads} threads and goes on with as many")
             torch.set_num_threads(threads)
+        self.continue_from(extra)
         say(f"continuing after step {self.step}")
 
     def run(self) -> None:
@@ -178,16 +179,13 @@ class Trainer:
         self.model.train()
         if self.step == 0:
             set_seed(config.seed + self.processes.rank)
-        stream = batches_from(
-            self.groups, config.batch, config.seed, self.step, by_length=config.fast.length_groups
-        )
+        stream = self.batches()
         try:
             while self.step < config.steps and not self.stopping:
-                epoch, indices = next(stream)
                 began = time.perf_counter()
-                result = self.one_step(epoch, [self.groups[i] for i in indices])
+                result = self.one_step(*next(stream))
                 self.step += 1
-                result.step, result.epoch = self.step, epoch
+                result.step = self.step
                 result.seconds = time.perf_counter() - began
                 self.seconds += result.seconds
                 if self.processes.main:
@@ -198,9 +196,31 @@ class Trainer:
         finally:
             self.model.eval()
 
+    def batches(self) -> Iterator[tuple[int, list[Group]]]:
+        """(epoch, the pictures of a step) from the next step on, without end."""
+        config = self.config
+        by_length = config.fast.length_groups
+        for epoch, indices in batches_from(self.groups, config.batch, config.seed, self.step, by_length):
+            yield epoch, [self.groups[i] for i in indices]
+
+    def mine(self, groups: Sequence[Group]) -> list[Group]:
+        """What this process learns of a step's pictures."""
+        return self.processes.mine(groups)
+
+    def progress(self) -> dict[str, Any]:
+        """What else a state says; every process calls it."""
+        return {}
+
+    def continue_from(self, extra: dict[str, Any]) -> None:
+        """Takes up what a state says."""
+
+    def counted(self) -> dict[str, Any]:
+        """What else is written down of a run at its end; every process calls it."""
+        return {}
+
     def save(self) -> None:
         """Writes the state of every process."""
-        randoms = self.processes.random_states()
+        randoms, progress = self.processes.random_states(), self.progress()
         if self.processes.main:
             extra = {
                 "step": self.step,
@@ -211,6 +231,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "data": self.data_hash,
                 "config": identity(self.config),
+                **progress,
             }
             files = pack(self.trained, self.optimizer, self.average, randoms, extra)
             save_state(self.out / "state", self.step, files, self.config.keep)
@@ -224,7 +245,7 @@ class Trainer:
         rate = learning_rate(self.step, config.steps, config.optim)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate * settings["factor"]
-        mine = self.processes.mine(groups)
+        mine = self.mine(groups)
         micro = self.micro or max(1, len(mine))
         parts = [self.prepare(mine[i : i + micro], epoch) for i in range(0, len(mine), micro)]
         # Every process divides by the weight of the whole step, known before the first backward pass.

@@ -29,7 +29,8 @@ class Preflight:
 
     Attributes:
         frozen, trained: parameters.
-        pictures, answers: distinct pictures, and everything there is to be learnt of them.
+        pictures, answers: distinct pictures, and everything there is to be learnt of them; 0 where they are
+            streamed, and nobody has counted them.
         steps: left to go; `epochs` of the data in all steps together.
         micro: pictures a forward pass.
         step_seconds, seconds: of one step, of all that are left.
@@ -49,11 +50,14 @@ class Preflight:
 
     def text(self) -> str:
         """Two lines for people."""
+        known = self.pictures > 0
+        epochs = f" ({self.epochs:.2g} epochs)" if known else ""
+        each = f", {duration(self.seconds / max(self.epochs, 1e-9))} an epoch" if known else ""
+        data = f"{self.pictures} pictures, {self.answers} answers" if known else "pictures from shards"
         return (
-            f"{self.trained / 1e6:.1f} M parameters trained, {self.frozen / 1e6:.1f} M frozen; "
-            f"{self.pictures} pictures, {self.answers} answers\n"
-            f"{self.steps} steps ({self.epochs:.2g} epochs) of about {self.step_seconds:.2f} s: "
-            f"about {duration(self.seconds)}, {duration(self.seconds / max(self.epochs, 1e-9))} an epoch; "
+            f"{self.trained / 1e6:.1f} M parameters trained, {self.frozen / 1e6:.1f} M frozen; {data}\n"
+            f"{self.steps} steps{epochs} of about {self.step_seconds:.2f} s: "
+            f"about {duration(self.seconds)}{each}; "
             f"peak memory about {self.memory / 1e9:.1f} GB; {self.micro} pictures a pass"
         )
 
@@ -115,10 +119,10 @@ def preflight(trainer: Trainer) -> Preflight:
     return Preflight(
         frozen=everything - trained,
         trained=trained,
-        pictures=len(groups),
-        answers=sum(len(pairs) for group in groups for pairs in group.by_source),
+        pictures=0 if config.stream else len(groups),
+        answers=0 if config.stream else sum(len(pairs) for group in groups for pairs in group.by_source),
         steps=left,
-        epochs=left * config.batch / len(groups),
+        epochs=0.0 if config.stream else left * config.batch / len(groups),
         micro=trainer.micro,
         step_seconds=seconds,
         seconds=seconds * left,

@@ -42,6 +42,12 @@ class Processes:
         found: list[float] = self.accelerator.reduce(mine, reduction="sum").tolist()
         return found
 
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every process's numbers, the first one's first."""
+        mine = torch.tensor([list(numbers)], device=self.accelerator.device)
+        found: list[list[int]] = (self.accelerator.gather(mine) if self.count > 1 else mine).tolist()
+        return found
+
     def same_start(self, adapter: nn.Module) -> None:
         """Every process begins with the first one's weights."""
         if self.count > 1:

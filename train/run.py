@@ -31,9 +31,11 @@ from vlm.train.pairs import paired
 from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
 from vlm.train.prepare import FeatureStore, groups_of, set_aside
+from vlm.train.processes import Processes
 from vlm.train.record import Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
+from vlm.train.streamed import Feed, StreamTrainer
 from vlm.train.wins import Wins, caption_examples
 from vlm.train.words import WordTrainer
 from vlm.weights_cache import cache_root
@@ -55,16 +57,9 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
     start = _learn_words(config, offline, fresh, device) if config.words.steps else ""
     if start is None:
         return False
-    accelerator = Accelerator(
-        cpu=on_cpu(device),
-        log_with=list(config.trackers) or None,
-        project_dir=config.out,
-    )
-    out = Path(config.out)
-    if fresh and accelerator.is_main_process:
-        shutil.rmtree(out / "state", ignore_errors=True)
-        (out / FILE).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    accelerator, out = _begin(config, fresh, device), Path(config.out)
+    if config.stream:
+        return _train_streamed(config, accelerator, offline)
     with Screen(accelerator.is_main_process) as screen:
         sources, aside = apportion(config)
         sources, held = set_aside(sources, config.holdout)
@@ -90,15 +85,54 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         found = judge.report(before, judge.ask(saved))
         write_report(out / judge.file, found)
         judge.show(found)
-    if model.features.cache is not None:
-        model.features.cache.close()
-    if accelerator.is_main_process:
-        write_card(out)
+    _finish(trainer, done)
+    return done
+
+
+def _begin(config: TrainConfig, fresh: bool, device: str) -> Accelerator:
+    """The engine; the state of an earlier run is dropped if `fresh`."""
+    accelerator = Accelerator(
+        cpu=on_cpu(device),
+        log_with=list(config.trackers) or None,
+        project_dir=config.out,
+    )
+    out = Path(config.out)
+    if fresh and accelerator.is_main_process:
+        shutil.rmtree(out / "state", ignore_errors=True)
+        (out / FILE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def _finish(trainer: Trainer, done: bool) -> None:
+    """Closes the cache, writes the card, and says where the adapter is."""
+    if trainer.model.features.cache is not None:
+        trainer.model.features.cache.close()
+    if trainer.processes.main:
+        write_card(trainer.out)
         word = (
             "the adapter is in" if done else f"stopped after step {trainer.step}; the same command goes on:"
         )
-        print(f"{word} {out}", file=sys.stderr if not done else sys.stdout, flush=True)
-    accelerator.wait_for_everyone()
+        print(f"{word} {trainer.out}", file=sys.stderr if not done else sys.stdout, flush=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _train_streamed(config: TrainConfig, accelerator: Accelerator, offline: bool) -> bool:
+    """`train` for a source that is read while the run goes on: nothing is set aside, nothing held."""
+    with Screen(accelerator.is_main_process) as screen:
+        model = make_model(config, offline)
+        if not config.feature_cache and model.features.cache is not None:
+            model.features.cache.close()  # what is seen once is not worth keeping
+            model.features.cache = None
+        feed = Feed(config, model, Processes(accelerator), offline=offline)
+        trainer = StreamTrainer(model, config, feed, lambda _: None, accelerator)
+        trainer.resume(screen.say)
+        screen.say(
+            f"{len(feed.laps.files)} shards, {accelerator.num_processes} process(es); "
+            f"windows of {feed.most} pictures each"
+        )
+        done = _run(trainer, screen, [], Reading(config.data or feed.source.name))
+    _finish(trainer, done)
     return done
 
 
@@ -196,8 +230,10 @@ def _run(trainer: Trainer, screen: Screen, held: Sequence[Example], reading: Rea
     trainer.report = record
     earlier = trainer.seconds
     began = time.time()
+    counted: dict[str, Any] = {}
     try:
         trainer.run()
+        counted = trainer.counted()
     finally:
         record.close(
             steps_done=trainer.step,
@@ -205,6 +241,7 @@ def _run(trainer: Trainer, screen: Screen, held: Sequence[Example], reading: Rea
             wall_seconds=round(time.time() - began, 1),
             skipped=trainer.skipped,
             peak_memory=peak_memory(),
+            **counted,
         )
     screen.say(plan.compared(trainer.seconds - earlier))
     return trainer.step >= config.steps

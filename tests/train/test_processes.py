@@ -89,3 +89,25 @@ def test_two_processes_go_on_where_they_stopped(recipe: Any, run: Any, tmp_path:
     again = run(config, 2)
     assert again["losses"] == whole["losses"][3:]
     assert again["weights"] == whole["weights"]
+
+
+def test_two_processes_on_shards(recipe: Any, run: Any, write_shards: Any, tmp_path: Path) -> None:
+    """Each has its own share; both go on with the very next pictures of theirs, and stay one."""
+    import shutil
+
+    from vlm.train.config import SourceConfig
+
+    write_shards(tmp_path / "shards", [5, 2, 4])
+    keys = {"stream": True, "sources": (SourceConfig(),), "data": str(tmp_path / "shards")}
+    keys |= {"steps": 6, "batch": 3, "save_every": 2, "keep": 3}
+    whole = run(recipe(out=str(tmp_path / "whole"), **keys), 2)
+    assert whole["weights"][0] == whole["weights"][1]
+    config = recipe(out=str(tmp_path / "cut"), **keys)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in ("00000004", "00000006"):
+        shutil.rmtree(tmp_path / "cut" / "state" / f"step-{step}")
+    state = json.loads((tmp_path / "cut" / "state" / "step-00000002" / "state.json").read_text())
+    assert len(state["extra"]["feeds"]) == 2
+    again = run(config, 2)
+    assert again["losses"] == whole["losses"][2:]
+    assert again["weights"] == whole["weights"]

@@ -16,9 +16,11 @@ from accelerate import Accelerator
 from vlm.data.collate import Group
 from vlm.train.loop import Step, Trainer
 from vlm.train.prepare import groups_of, read_sources
+from vlm.train.processes import Processes
 from vlm.train.recipe import read_recipe
 from vlm.train.run import make_model, prepare
 from vlm.train.screen import Screen
+from vlm.train.streamed import Feed, StreamTrainer
 
 
 def digest(trainer: Trainer) -> str:
@@ -39,10 +41,15 @@ def main(recipe: str, out: Path) -> None:
         with torch.no_grad():  # a process that begins elsewhere is put right by the first one
             for parameter in model.adapter.parameters():
                 parameter.add_(1.0)
-    groups: list[Group]
-    groups, store = prepare(config, model, groups_of(read_sources(config)), Screen(False), accelerator)
     steps: list[Step] = []
-    trainer = Trainer(model, config, groups, store, steps.append, accelerator)
+    trainer: Trainer
+    if config.stream:
+        feed = Feed(config, model, Processes(accelerator), offline=True)
+        trainer = StreamTrainer(model, config, feed, steps.append, accelerator)
+    else:
+        groups: list[Group]
+        groups, store = prepare(config, model, groups_of(read_sources(config)), Screen(False), accelerator)
+        trainer = Trainer(model, config, groups, store, steps.append, accelerator)
     trainer.resume()
     trainer.run()
     found = torch.zeros(accelerator.num_processes, 32, dtype=torch.uint8)
