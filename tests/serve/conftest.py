@@ -67,7 +67,12 @@ class Server:
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A freshly initialised adapter whose gates are open, so that pictures change the answers."""
+    """A freshly initialised adapter whose gates are open, so that pictures change the answers.
+
+    `VLM_TEST_ADAPTER` names the folder of another one (of the one that ships, when screenshots are renewed).
+    """
+    if given := os.environ.get("VLM_TEST_ADAPTER"):
+        return Path(given)
     import torch
 
     from vlm.checkpoint import build_model, save_adapter

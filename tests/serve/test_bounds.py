@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,17 @@ def test_a_public_address_without_a_key_is_refused(host: str, capsys: pytest.Cap
 
     assert main(["serve", "--host", host, "--port", "0"]) == 1
     assert "--api-key-file" in capsys.readouterr().err
+
+
+def test_a_public_address_without_a_key_can_be_forced(tmp_path: Path) -> None:
+    """It gets as far as the adapter, which is not there."""
+    command = [sys.executable, "-m", "vlm", "serve", "--host", "0.0.0.0", "--port", "0", "--offline"]
+    done = subprocess.run(
+        [*command, "--insecure-public", "--adapter", str(tmp_path / "none")], cwd=ROOT, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "--api-key-file" not in done.stderr and "none" in done.stderr
 
 
 def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +18,9 @@ trustme = pytest.importorskip("trustme")
 from vlm.errors import ConfigError  # noqa: E402
 from vlm.serve.errors import APIError  # noqa: E402
 from vlm.serve.fetch import FetchDoor, allowed_hosts, is_public, parse  # noqa: E402
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
 
 HOST = "pictures.example"
 CA = trustme.CA()
@@ -106,83 +112,8 @@ def test_control_an_allowed_host_is_fetched_and_counted() -> None:
     asyncio.run(main())
 
 
-# {p} is the listener's port; every form would reach loopback (or a private network) with some lenient parser.
-FORMS = [
-    "https://127.0.0.1:{p}/",
-    "https://127.1:{p}/",
-    "https://127.0.1:{p}/",
-    "https://0:{p}/",
-    "https://0.0.0.0:{p}/",
-    "https://0x7f000001:{p}/",
-    "https://0x7f.0.0.1:{p}/",
-    "https://0x7f.1:{p}/",
-    "https://2130706433:{p}/",
-    "https://017700000001:{p}/",
-    "https://0177.0.0.1:{p}/",
-    "https://00000177.1:{p}/",
-    "https://localhost:{p}/",
-    "https://LOCALHOST:{p}/",
-    "https://localhost.:{p}/",
-    "https://[::1]:{p}/",
-    "https://[::]:{p}/",
-    "https://[0:0:0:0:0:0:0:1]:{p}/",
-    "https://[::ffff:127.0.0.1]:{p}/",
-    "https://[::ffff:7f00:1]:{p}/",
-    "https://[::ffff:10.0.0.1]:{p}/",
-    "https://[64:ff9b::7f00:1]:{p}/",
-    "https://[fe80::1%25lo]:{p}/",
-    "https://[::127.0.0.1]:{p}/",
-    "https://169.254.169.254/latest/meta-data/",
-    "https://10.0.0.1:{p}/",
-    "https://192.168.0.1:{p}/",
-    "https://172.16.0.1:{p}/",
-    "https://100.64.0.1:{p}/",
-    "https://pictures.example@127.0.0.1:{p}/",
-    "https://pictures.example:{p}@127.0.0.1:{p}/",
-    "https://pictures.example:secret@127.0.0.1:{p}/",
-    "https://127.0.0.1:{p}\\@pictures.example:{p}/",
-    "https://pictures.example:{p}\\@127.0.0.1:{p}/",
-    "https://127.0.0.1:{p}#@pictures.example:{p}/",
-    "https://127.0.0.1:{p}?@pictures.example:{p}/",
-    "https://127.0.0.1:{p}/@pictures.example",
-    "https://127.0.0.1%2f@pictures.example:{p}/",
-    "https://pictures.example%00.evil:{p}/",
-    "https://pictures.example%2eevil:{p}/",
-    "https://pictures.example.evil:{p}/",
-    "https://evil-pictures.example:{p}/",
-    "https://pictures.example.:{p}/",
-    "https://.pictures.example:{p}/",
-    "https://pictures。example:{p}/",
-    "https://pıctures.example:{p}/",
-    "https://①②⑦.⓪.⓪.①:{p}/",
-    "https://１２７.0.0.1:{p}/",
-    "https://xn--pictures-example:{p}/",
-    "https://pictures.example\t:{p}/",
-    "https://pictures.example\r\nHost: 127.0.0.1:{p}/",
-    " https://pictures.example:{p}/",
-    "https://pictures.example:{p}/\r\nX-Injected: yes",
-    "https://pictures.example:{p}/ HTTP/1.1",
-    "https:/pictures.example:{p}/",
-    "https:///127.0.0.1:{p}/",
-    "https:\\\\127.0.0.1:{p}/",
-    "//127.0.0.1:{p}/",
-    "http://127.0.0.1:{p}/",
-    "http://pictures.example:{p}/",
-    "http://ok\\@evil",
-    "ftp://pictures.example:{p}/",
-    "file:///etc/passwd",
-    "file://127.0.0.1:{p}/etc/passwd",
-    "gopher://127.0.0.1:{p}/_GET",
-    "dict://127.0.0.1:{p}/info",
-    "javascript:alert(1)",
-    "https://pictures.example:0{p}/",
-    "https://pictures.example:{p}0000/",
-    "https://pictures.example:-1/",
-    "https://pictures.example:/",
-    "https://pictures.example:1/",
-    "https://",
-    "",
-]
+ADDRESSES = json.loads((Path(__file__).parent / "addresses.json").read_text("utf-8"))
+FORMS, PRIVATE = ADDRESSES["forms"], ADDRESSES["private"]
 
 
 def test_no_address_form_makes_a_connection() -> None:
@@ -197,16 +128,6 @@ def test_no_address_form_makes_a_connection() -> None:
             assert listener.connections == 0
 
     asyncio.run(main())
-
-
-PRIVATE = [
-    "127.0.0.1", "127.255.255.254", "0.0.0.0", "10.0.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
-    "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "192.88.99.1",
-    "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255", "::1", "::", "::ffff:127.0.0.1",
-    "::ffff:8.8.8.8", "::127.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::1", "100::1", "2001::1", "2001:db8::1",
-    "2002:7f00:1::1", "3fff::1", "5f00::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fe80::1%lo", "fec0::1",
-    "ff02::1", "2606:4700::1%eth0",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("address", PRIVATE)
@@ -376,6 +297,47 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
                 monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
             assert await loopback_door(listener.port).fetch(f"https://{HOST}:{listener.port}/") == b"picture"
             assert proxy.connections == 0
+
+    asyncio.run(main())
+
+
+def test_a_fetched_picture_is_asked_about_like_one_that_was_sent(
+    make_tiny: Callable[..., VLM], make: Any
+) -> None:
+    """Over two allowed hosts, through the desk that serves requests, and into the same row and numbers."""
+    import torch
+
+    from vlm.serve.cache import Latents
+    from vlm.serve.metrics import Metrics
+    from vlm.serve.pictures import Desk
+    from vlm.serve.schemas import Message
+    from vlm.serve.settings import Settings
+
+    model = make_tiny()
+
+    async def main() -> None:
+        picture = make.png(make.picture(1))
+        async with Listener(ok(picture)).open() as listener:
+            door = loopback_door(listener.port, max_bytes=100_000)
+            desk = Desk(model, Latents(model, 0, Metrics()), Settings(), door)
+            urls = [f"https://{HOST}:{listener.port}/a", f"https://other.example:{listener.port}/b"]
+            asked = []
+            for first, second in (urls, [make.data_url(picture)] * 2):
+                message = Message.model_validate(make.user("Are they alike?", first, second))
+                asked.append(await desk.question([message]))
+            assert listener.connections == 2
+            fetched, sent = asked
+            assert fetched.row == sent.row
+            assert torch.equal(fetched.features, sent.features)
+            assert torch.equal(fetched.latents, sent.latents) and len(fetched.latents) == 2
+            message = Message.model_validate(
+                make.user("And this?", f"https://third.example:{listener.port}/")
+            )
+            with pytest.raises(APIError) as caught:
+                await desk.question([message])
+            assert caught.value.code == "image_url_not_allowed"
+            assert listener.connections == 2
+            desk.close()
 
     asyncio.run(main())
 

@@ -13,6 +13,7 @@ import pytest
 
 uvicorn = pytest.importorskip("uvicorn")
 
+from vlm.serve.errors import overloaded  # noqa: E402
 from vlm.serve.gate import Gate  # noqa: E402
 from vlm.serve.limits import BodyLimit  # noqa: E402
 from vlm.serve.metrics import Metrics  # noqa: E402
@@ -168,9 +169,9 @@ def test_a_body_longer_than_it_says_is_no_second_request(port: int) -> None:
 @pytest.mark.parametrize(
     "data",
     [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", post(-1), post("1e3"),
-     post("5, 6"), post("", "Transfer-Encoding: gzip"), b"GET / HTTP/1.1\r\n\r\n",
+     post("5, 6"), post("9" * 5000), post("", "Transfer-Encoding: gzip"), b"GET / HTTP/1.1\r\n\r\n",
      b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"],
-    ids=["words", "tls", "negative", "float", "two", "coding", "no-host", "two-hosts"],
+    ids=["words", "tls", "negative", "float", "two", "long", "coding", "no-host", "two-hosts"],
 )  # fmt: skip
 def test_what_is_not_http_gets_the_shape(port: int, data: bytes) -> None:
     status, body = reply_to(port, data)
@@ -194,12 +195,21 @@ def test_all_bodies_together_are_bounded(port: int) -> None:
         assert replies == [408, 429]
 
 
+@pytest.mark.parametrize("slots", [1, 16])
+def test_a_refused_client_waits_one_to_five_seconds(slots: int) -> None:
+    pauses = [int(overloaded(waiting, slots).headers["retry-after"]) for waiting in range(200)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (1, 5)
+
+
 def test_connections_are_bounded(port: int) -> None:
     held = [connect(port) for _ in range(CONNECTIONS)]
     try:
         with connect(port) as late:
-            status, body = parsed(read_all(late))
+            reply = read_all(late)
+            status, body = parsed(reply)
             assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+            assert b"\r\nretry-after: 2\r\n" in reply
     finally:
         for connection in held:
             connection.close()

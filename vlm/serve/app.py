@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from vlm.serve.settings import Settings
 
 M = TypeVar("M", bound=BaseModel)
-_ANYWHERE = (401, 403, 405, 429, 500)
-_WITH_BODY = (400, 408, 413, 415, 422)
+_ANYWHERE = (400, 401, 403, 405, 408, 429, 500)  # 400 and 408: what is no HTTP, or comes too slowly
+_WITH_BODY = (413, 415, 422)
 
 
 def create_app(
