@@ -25,7 +25,10 @@ FLAGS = [
     "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
 ]  # fmt: skip
 SHOTS = os.environ.get("VLM_SCREENSHOTS")
-"""A folder to leave screenshots in (`docs/` when they are renewed)."""
+"""A folder to leave screenshots in; those of `docs/` are renewed by
+
+    VLM_SCREENSHOTS=docs VLM_TEST_ADAPTER=vlm/assets/default pytest tests/serve/test_page.py -k minute
+"""
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,8 @@ BAD = {
     "page.html": b"<script>alert(1)</script>",
     "cut.jpg": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01",
     "paper.pdf": b"%PDF-1.7 something",
+    "photo.heic": b"\0\0\0\x1cftypheic" + b"\0" * 40,
+    "scan.tiff": b"II*\0" + b"\0" * 40,
     "archive.zip": b"PK\x03\x04",
     "script.svg": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
 }
@@ -266,6 +271,14 @@ def test_feedback_with_consent_shown(visit: Any, server: Any, files: Any) -> Non
     answer.locator(".opinion .primary").click()
     expect(answer.locator(".thanks")).to_contain_text("Thank you")
     assert opinions(server) - before == {("down", "mostly red")}
+    liked = ask(page, "And the other one?")
+    liked.locator(".up").click()
+    expect(liked.locator(".consent")).to_be_visible()
+    expect(liked.locator(".opinion input")).to_be_hidden()
+    before = opinions(server)
+    liked.locator(".opinion .primary").click()
+    expect(liked.locator(".thanks")).to_contain_text("Thank you")
+    assert opinions(server) == before | {("up", None)}
 
 
 def test_where_it_looked(visit: Any, files: Any) -> None:
