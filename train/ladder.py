@@ -1,7 +1,7 @@
 """`vlm train ladder`: what a larger run will read, said before it is made.
 
-    vlm train ladder flickr8k-flamingo data=FLICKR8K out=runs/ladder ladder.pictures=[500,1000,2000,4000]
-    vlm train ladder smoke out=runs/rates ladder.widths=[64,256] optim.mup_base=64 --sweep
+    vlm train ladder flickr8k-flamingo data=FLICKR8K ladder.pictures=[300,600,1200,2400,4800]
+    vlm train ladder smoke ladder.widths=[64,256] ladder.dev=8 optim.mup_base=64 --sweep
 
 The recipe is trained at every size but the largest; a power law is fitted to the losses on pictures that no
 run learns from; the largest run's loss is written down with its interval; then that run is made and the two
@@ -124,7 +124,8 @@ def check_sizes(ladder: LadderConfig) -> tuple[str, ...]:
     axes = tuple(name for name, sizes in given.items() if len(sizes) > 1)
     if not axes:
         raise ConfigError(
-            "sizes are missing: ladder.pictures=[250,500,1000,2000], ladder.widths=[64,128,256,384], or both"
+            "sizes are missing: ladder.pictures=[250,500,1000,2000,4000], "
+            "ladder.widths=[64,128,192,256,384], or both"
         )
     least = 4 if len(axes) == 1 else 3
     for name in axes:

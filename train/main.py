@@ -4,7 +4,7 @@ vlm train flickr8k-flamingo data=DIR out=runs/flamingo
 vlm train finetune data=MY_PICTURES out=runs/mine
 vlm train prefer data=PAIRS.jsonl start=runs/mine out=runs/preferred
 vlm train plan flickr8k-larger
-vlm train ladder flickr8k-flamingo data=DIR ladder.pictures=[500,1000,2000,4000]
+vlm train ladder flickr8k-flamingo data=DIR ladder.pictures=[300,600,1200,2400,4800]
 vlm train selftest
 vlm train card OUT --reports REPORT.json
 """

@@ -73,7 +73,8 @@ def rungs(config: TrainConfig, ladder: LadderConfig) -> list[Rung]:
 def compare(rows: Sequence[dict[str, Any]], mup_base: int) -> dict[str, Any]:
     """The best rate of each width, and how many factors of 2 they lie apart.
 
-    `edge` says that the best rate is the first or the last one tried, so that a better one may lie beyond.
+    `edge` says that the best rate is the first or the last one tried, so that a better one may lie beyond;
+    then whether the rate carries over (`carries_over`) is not known.
     """
     widths = []
     for width in sorted({row["width"] for row in rows}):
@@ -88,7 +89,8 @@ def compare(rows: Sequence[dict[str, Any]], mup_base: int) -> dict[str, Any]:
         })  # fmt: skip
     steps = [math.log2(found["best"]) for found in widths]
     apart = max(steps) - min(steps)
-    return {"mup_base": mup_base, "widths": widths, "apart": round(apart, 6), "carries_over": apart < 1.5}
+    carries_over = None if any(found["edge"] for found in widths) else apart < 1.5
+    return {"mup_base": mup_base, "widths": widths, "apart": round(apart, 6), "carries_over": carries_over}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -108,9 +110,10 @@ def show(report: dict[str, Any]) -> None:
         cells = [f"{found['losses'][index]:.4f}" + " *" * (found["best"] == rate) for found in widths]
         table.add_row(f"{rate:.3g}", *cells)
     console.print(table)
-    apart = f"the best rates (*) lie {report['apart']:g} factors of 2 apart: "
-    apart += "the rate carries over" if report["carries_over"] else "the rate does NOT carry over"
-    edges = [str(found["width"]) for found in widths if found["edge"]]
-    if edges:
-        apart += f"; at width {' and '.join(edges)} it is at the edge of those tried (more: ladder.rates)"
-    console.print(apart, markup=False, highlight=False, soft_wrap=True)
+    verdict = f"the best rates (*) lie {report['apart']:g} factors of 2 apart: "
+    if report["carries_over"] is None:
+        edges = " and ".join(str(found["width"]) for found in widths if found["edge"])
+        verdict += f"no verdict, at width {edges} it is the first or last one tried (ladder.rates, optim.lr)"
+    else:
+        verdict += f"the rate {'carries' if report['carries_over'] else 'does NOT carry'} over"
+    console.print(verdict, markup=False, highlight=False, soft_wrap=True)

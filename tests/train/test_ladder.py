@@ -310,7 +310,7 @@ def test_a_sweep_tries_every_rate_at_every_width(short: Any, tmp_path: Path) -> 
 
 
 def test_optima_are_compared() -> None:
-    def row(width: int, rate: float, loss: float) -> dict[str, Any]:
+    def row(width: float, rate: float, loss: float) -> dict[str, Any]:
         return {"width": width, "rate": rate, "loss": loss}
 
     rates = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
@@ -321,8 +321,11 @@ def test_optima_are_compared() -> None:
         (4e-3, 0.25, False),
     ]
     assert (found["apart"], found["carries_over"]) == (1.0, True)
-    far = compare([row(w, r, abs(i - 2 * w)) for w in (0, 1) for i, r in enumerate(rates)], 0)
-    assert (far["apart"], far["carries_over"], far["widths"][0]["edge"]) == (2.0, False, True)
+    far = compare([row(w, r, abs(i - 2 * w)) for w in (0.5, 1.5) for i, r in enumerate(rates)], 0)
+    assert (far["apart"], far["carries_over"]) == (2.0, False)
+    open_end = compare([row(w, r, abs(i - w)) for w in (0, 1) for i, r in enumerate(rates)], 0)
+    assert [found["edge"] for found in open_end["widths"]] == [True, False]
+    assert open_end["carries_over"] is None
 
 
 def test_sweeps_that_compare_nothing(short: Any) -> None:

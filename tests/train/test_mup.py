@@ -195,6 +195,18 @@ def test_steps_move_a_wide_adapter_as_far_as_a_narrow_one(wide: Any, trainer_of:
     assert all(flat[name] < grown[name] - 0.3 for name in flat)
 
 
+def test_a_wide_adapter_learns_as_a_narrow_one(wide: Any, losses_of: Any) -> None:
+    """At a rate that suits both: eight times as wide, the losses of a run stay what they were."""
+
+    def gap(base: int) -> float:
+        narrow, broad = (
+            losses_of(wide(width, base=base, steps=20, lr=8e-3, flip=0.0)) for width in (16, 128)
+        )
+        return float(np.abs(np.subtract(narrow, broad)).mean())
+
+    assert gap(16) < 0.1 < 0.2 < gap(0)
+
+
 def test_factors_are_by_name_alone() -> None:
     layer = nn.Linear(4, 4)
     groups = build_optimizer(layer, OptimConfig(), {"weight": Scale(0.5, 1.0)}).param_groups
