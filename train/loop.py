@@ -35,6 +35,7 @@ from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
 from vlm.train.recipe import identity, same_recipe
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
+from vlm.train.sharded import shard
 from vlm.train.state import newest_valid, pack, read_state, restore, save_state
 
 BAD_STEPS = 5
@@ -94,11 +95,12 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         self.config, self.groups, self.store, self.report = config, groups, store, report
         self.out = Path(config.out)
-        self.model = model.to(self.accelerator.device)
         self.adapter = model.adapter
         if config.precision == "bf16":
             model.language.halve()
         self.loss = fast.prepare(model, config.fast)
+        self.sharded = shard(model, config, self.accelerator)  # before it moves: one device may not hold it
+        self.model = model.to(self.accelerator.device)
         self.trained = self.trained_part()
         self.processes.same_start(self.trained)
         self.optimizer = build_optimizer(self.trained, config.optim, self.scales())
@@ -251,10 +253,13 @@ class Trainer:
         # Every process divides by the weight of the whole step, known before the first backward pass.
         local = sum(map(self.weight, parts))
         (weight,) = self.processes.sums([local])
+        idle = self.idle(parts, groups, epoch) if self.sharded else []
         total, tokens = 0.0, 0
         for part in parts:
             loss, size = self.backward(part, weight)
             total, tokens = total + loss, tokens + size
+        for part in idle:
+            self.backward(part, math.inf)
         rewards = sum(part.reward * len(part.rows) for part in parts)
         rows = sum(len(part.rows) for part in parts)
         total, read, rewards, shown, stop = self.processes.sums([total, tokens, rewards, rows, self.stopping])
@@ -267,6 +272,12 @@ class Trainer:
         if self.reward is not None:
             numbers["reward"] = rewards / max(1, shown)
         return Step(0, total / weight, rate, norm, int(read), 0.0, numbers, epoch, skipped)
+
+    def idle(self, parts: Sequence[Part], groups: Sequence[Group], epoch: int) -> list[Part]:
+        """Passes that count nothing, for a process with fewer of them than another: they gather together."""
+        most = max(count for (count,) in self.processes.gather([len(parts)]))
+        missing = most - len(parts)
+        return [parts[0] if parts else self.prepare(groups[:1], epoch)] * missing if missing else []
 
     def backward(self, part: Part, weight: float) -> tuple[float, int]:
         """Adds a part's gradient; returns its loss (a sum) and the number of tokens read."""

@@ -41,9 +41,12 @@ def main(argv: list[str]) -> int:
 
     config = read_recipe(args.recipe, args.settings)
     apply(args)
+    from accelerate import PartialState
+
     from vlm.train.run import train
 
     done = train(config, offline=args.offline, fresh=args.fresh, device=args.device)
+    PartialState().destroy_process_group()
     return 0 if done else TERMINATED
 
 

@@ -109,7 +109,10 @@ def preflight(trainer: Trainer) -> Preflight:
     _, indices = next(batches_from(groups, config.batch, config.seed, trainer.step))
     batch = trainer.processes.mine([groups[i] for i in indices]) or [groups[indices[0]]]
     with _untouched(trainer):
-        trainer.micro = trainer.micro or _choose_micro(trainer, batch)
+        # All processes make the same passes: those that share the layers wait for each other in each.
+        least = trainer.processes.gather([len(batch), trainer.micro or _choose_micro(trainer, batch)])
+        batch = batch[: min(size for size, _ in least)]
+        trainer.micro = min(micro for _, micro in least)
         seconds = _trial(trainer, batch)
     trained = sum(p.numel() for p in trainer.model.trainable())
     everything = sum(p.numel() for p in trainer.model.parameters())

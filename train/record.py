@@ -112,7 +112,8 @@ class Record:
             self.write_facts()
             self.draw()
             self._log.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def write_facts(self) -> None:
         """What the model card is filled from."""

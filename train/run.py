@@ -114,7 +114,7 @@ def _finish(trainer: Trainer, done: bool) -> None:
             "the adapter is in" if done else f"stopped after step {trainer.step}; the same command goes on:"
         )
         print(f"{word} {trainer.out}", file=sys.stderr if not done else sys.stdout, flush=True)
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts
 
 
 def _train_streamed(config: TrainConfig, accelerator: Accelerator, offline: bool) -> bool:
@@ -257,6 +257,6 @@ def _facts(trainer: Trainer, plan: Preflight, held: Sequence[Example]) -> dict[s
         "unreadable": len(trainer.store.bad),
         "held_out": len({example.images for example in held}),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine() | {"processes": trainer.processes.count},
+        "machine": machine() | {"processes": trainer.processes.count, "sharded": trainer.sharded},
         "preflight": plan.facts(),
     }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from vlm.train.config import TrainConfig
     from vlm.train.loop import Step, Trainer
 
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).parent / "two.py"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -104,3 +110,44 @@ def losses_of(
         return [step.loss for step in steps]
 
     return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`run(config, processes, **environment)`: losses, rewards, weights of a run by so many processes."""
+
+    def start(config: Any, processes: int, **variables: str) -> dict[str, Any]:
+        import yaml
+
+        from vlm.config import to_dict
+
+        recipe, out = tmp_path / f"{processes}.yaml", tmp_path / f"{processes}.json"
+        recipe.write_text(yaml.safe_dump(to_dict(config)))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        children = []
+        for rank in range(processes):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+            if processes > 1:
+                environment |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(processes),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, str(PROGRAM), str(recipe), str(out)],
+                    env=environment,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        said = [child.communicate(timeout=200)[1] for child in children]
+        assert [child.returncode for child in children] == [0] * processes, said
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+    return start

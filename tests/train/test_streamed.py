@@ -1,4 +1,4 @@
-"""Training on shards: every process its own share, every picture once a lap, and on with the very next one."""
+"""Training on shards: every process its own share, every picture once a lap, then on with the very next."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from vlm.data.collate import Group
 from vlm.train.loop import Step, Trainer
@@ -29,6 +30,13 @@ def digest(trainer: Trainer) -> str:
     for value in trainer.adapter.state_dict().values():
         total.update(value.numpy().tobytes())
     return total.hexdigest()
+
+
+def held(trainer: Trainer) -> float:
+    """Share of the language model's layers that this process holds between steps."""
+    parameters = [p for layer in trainer.model.language.layers for p in layer.parameters()]
+    mine = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    return mine / sum(p.numel() for p in parameters)
 
 
 def main(recipe: str, out: Path) -> None:
@@ -58,8 +66,9 @@ def main(recipe: str, out: Path) -> None:
     if accelerator.is_main_process:
         rewards = [step.numbers.get("reward") for step in steps]
         weights = [bytes(row.tolist()).hex() for row in found]
+        losses = [step.loss for step in steps]
         out.write_text(
-            json.dumps({"losses": [step.loss for step in steps], "rewards": rewards, "weights": weights})
+            json.dumps({"losses": losses, "rewards": rewards, "weights": weights, "held": held(trainer)})
         )
     accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts
     accelerator.end_training()
