@@ -85,6 +85,7 @@ def push(
         )
     api = HfApi(library_name="vlm-adapters")
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
+    failures: tuple[type[Exception], ...] = (*hub_failures(), ValueError, RuntimeError)
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
         # The hub ignores `private` for a repository that is there already.
@@ -98,6 +99,6 @@ def push(
             commit_message=message or f"Adapter {folder.resolve().name}",
             revision=revision or None,
         )
-    except (*hub_failures(), ValueError, RuntimeError) as problem:
+    except failures as problem:
         raise WeightsError(f"{folder} could not be pushed to {repository}: {reason_of(problem)}") from problem
     return Pushed(commit.commit_url, commit.oid, tuple(path.name for path in files))
