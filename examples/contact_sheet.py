@@ -34,7 +34,7 @@ ASKED: dict[str, tuple[set[str], set[str], list[tuple[str, set[str]]]]] = {
     ),
     "cat.jpg": (
         {"cat", "kitten"},
-        {"dog", "man", "water"},
+        {"dog", "man", "water", "eating"},
         [("What animal is in the picture?", {"cat"}), ("How many cats are there?", {"one", "1"})],
     ),
     "coffee.jpg": (
