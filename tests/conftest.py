@@ -34,6 +34,12 @@ CHATML = (
 )
 
 
+@pytest.fixture(autouse=True)
+def offline_ends_with_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--offline` sets a variable for the rest of its process, which here has other tests to run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
+
+
 @pytest.fixture(scope="session")
 def datasets_dir() -> Path:
     """The folder of real data sets: `VLM_TEST_DATASETS`, or the one that lies beside the checkout."""
