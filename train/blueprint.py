@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.adapters import build_adapter
 from vlm.config import ModelConfig, VisionConfig
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
-from vlm.model import VLM
+from vlm.model import VLM, fresh_adapter
 from vlm.vision import Encoder, fit_trunk, open_clip_network, set_size
 from vlm.weights import PINS
 
@@ -56,13 +55,7 @@ def blueprint(config: ModelConfig, *, offline: bool = False) -> VLM:
     with torch.device("meta"):
         encoder = _encoder(config.vision)
         language = LanguageModel(_language(config.language_model, offline), _tokenizer())
-        adapter = build_adapter(
-            config,
-            features=encoder.width,
-            positions=encoder.tokens,
-            hidden=language.width,
-            num_layers=language.num_layers,
-        )
+        adapter = fresh_adapter(config, encoder, language)
         return VLM(config, encoder, language, adapter)
 
 

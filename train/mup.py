@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.adapters import Adapter, build_adapter
+from vlm.adapters import Adapter
 from vlm.config import ModelConfig
 from vlm.errors import ConfigError
-from vlm.model import VLM
+from vlm.model import VLM, fresh_adapter
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,4 @@ def _base(model: VLM, width: int) -> Adapter:
 def _drawn(model: VLM, config: ModelConfig) -> Adapter:
     """The adapter by its shapes alone; no random number is used up."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_adapter(
-            config,
-            features=model.encoder.width,
-            positions=model.encoder.tokens,
-            hidden=model.language.width,
-            num_layers=model.language.num_layers,
-        )
+        return fresh_adapter(config, model.encoder, model.language)

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from vlm import __version__
-from vlm.adapters import build_adapter
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
-from vlm.model import VLM
+from vlm.model import VLM, fresh_adapter
 from vlm.vision import load_encoder
 from vlm.weights import resolve
 
@@ -220,13 +219,7 @@ def build_model(
     _read_ahead(words.path)
     encoder = load_encoder(config.vision, vision)
     language = LanguageModel.load(words.path, precision)
-    adapter = build_adapter(
-        config,
-        features=encoder.width,
-        positions=encoder.tokens,
-        hidden=language.width,
-        num_layers=language.num_layers,
-    )
+    adapter = fresh_adapter(config, encoder, language)
     hashes = {"encoder": vision.frozen_hash, "language_model": words.frozen_hash}
     model = VLM(config, encoder, language, adapter, hashes=hashes)
     return model.eval().to(device)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm.adapters import Adapter, Conditioning
+from vlm.adapters import Adapter, Conditioning, build_adapter
 from vlm.answer import CANNOT_TELL, Answer
 from vlm.config import CAPTION_PROMPT, AbstainConfig, GenerationConfig, ModelConfig, from_dict
 from vlm.conversation import Conversation, ImageSource
@@ -290,6 +290,21 @@ class VLM(nn.Module):
         from vlm.chat import Chat
 
         return Chat(self, images)
+
+
+def fresh_adapter(config: ModelConfig, encoder: Encoder, language: LanguageModel) -> Adapter:
+    """An untrained adapter between two frozen parts.
+
+    Raises:
+        ConfigError: an unknown adapter, or sizes that do not fit the frozen parts.
+    """
+    return build_adapter(
+        config,
+        features=encoder.width,
+        positions=encoder.tokens,
+        hidden=language.width,
+        num_layers=language.num_layers,
+    )
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:
