@@ -138,6 +138,8 @@ class TrainConfig:
     words: WordsConfig = field(default_factory=WordsConfig)
     samples: int = 5
     """Captions sampled a picture, where the objective is `cider`."""
+    temperature: float = 1.0
+    """Temperature that they are sampled at: below 1 they are nearer to what decoding will say."""
     beta: float = 0.1
     """How closely the adapter is held to the one it starts from, where the objective is `preference`."""
     holdout_captions: str = ""
@@ -180,6 +182,8 @@ class TrainConfig:
             raise ConfigError(f"objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if self.objective == "cider" and self.samples < 2:
             raise ConfigError("the objective cider compares samples: samples must be at least 2")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError("temperature must be above 0")
         self._check_preference()
         self._check_stream()
         if self.steps < 1 or self.batch < 1 or self.micro < 0:

@@ -316,9 +316,7 @@ class Trainer:
         reward = 0.0
         if self.reward is not None:
             with self.autocast():
-                sampled, reward = rewarded(
-                    self.model, self.reward, groups, torch.cat(seen), config.samples, hints
-                )
+                sampled, reward = rewarded(self.model, self.reward, groups, torch.cat(seen), hints, config)
             told = [one + other for one, other in zip(told, sampled, strict=True)]
         rows: list[Row] = []
         features: list[Tensor] = []

@@ -23,6 +23,7 @@ from vlm.eval.metrics.ptb import tokenize
 from vlm.eval.metrics.typical import ORDER, Gram, grams
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
+from vlm.train.config import TrainConfig
 
 SIGMA = 6.0
 
@@ -88,29 +89,41 @@ class CiderReward:
 
 @torch.inference_mode()
 def sample_captions(
-    model: VLM, rows: Sequence[Row], features: Tensor, samples: int, longest: int
+    model: VLM, rows: Sequence[Row], features: Tensor, samples: int, temperature: float, longest: int
 ) -> list[list[list[int]]]:
     """`samples` sampled answers (token ids, with their end where they have one) for each prompt."""
-    end = model.language.frame.end
+    end, banned = model.language.frame.end, list(model.language.added_ids)
     state, logits = DecoderState.prefill(model, rows, features)
-    repeated = torch.arange(len(rows), device=logits.device).repeat_interleave(samples)
-    state, logits = state.select(repeated), logits[repeated]
-    said: list[list[int]] = [[] for _ in range(len(repeated))]
-    going = list(range(len(said)))
+    said: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in rows]
+    # Row after row, the samples that go on; a row's samples are branches of its state.
+    going = [(row, list(range(samples))) for row in range(len(rows))]
+    state.follow(torch.zeros(len(rows), samples, dtype=torch.long, device=logits.device))
+    logits = logits[:, None].expand(-1, samples, -1)
     for _ in range(longest):
-        logits[:, list(model.language.added_ids)] = float("-inf")
-        chosen = torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
-        tokens = chosen.tolist()
-        for index, token in zip(going, tokens, strict=True):
-            said[index].append(token)
-        staying = [i for i, token in enumerate(tokens) if token != end]
+        likely = (logits / temperature).softmax(dim=-1)
+        likely[..., banned] = 0
+        # By the cumulative distribution: `torch.multinomial` draws a number for every word of the vocabulary.
+        reached = likely.cumsum(dim=-1)
+        drawn = torch.rand_like(reached[..., -1:]) * reached[..., -1:]
+        chosen = torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=likely.shape[-1] - 1)
+        branches: list[list[int]] = []
+        for (row, numbers), tokens in zip(going, chosen.tolist(), strict=True):
+            for number, token in zip(numbers, tokens, strict=False):
+                said[row][number].append(token)
+            branches.append([k for k in range(len(numbers)) if tokens[k] != end])
+        staying = [i for i, kept in enumerate(branches) if kept]
         if not staying:
             break
-        going = [going[i] for i in staying]
-        keep = torch.tensor(staying, device=logits.device)
-        state = state.select(keep)
-        logits = state.advance(chosen[keep])
-    return [said[i : i + samples] for i in range(0, len(said), samples)]
+        most = max(map(len, branches))
+        # A row with fewer samples left repeats its last one, and nobody listens.
+        padded = [branches[i] + branches[i][-1:] * (most - len(branches[i])) for i in staying]
+        going = [(going[i][0], [going[i][1][k] for k in branches[i]]) for i in staying]
+        keep, parents = (torch.tensor(x, device=logits.device) for x in (staying, padded))
+        if len(staying) < len(branches):
+            state, chosen = state.select(keep), chosen[keep]
+        state.follow(parents)
+        logits = state.advance(chosen.gather(1, parents))
+    return said
 
 
 def rewarded(
@@ -118,8 +131,8 @@ def rewarded(
     reward: CiderReward,
     groups: Sequence[Group],
     features: Tensor,
-    samples: int,
     hints: Sequence[Sequence[str]],
+    config: TrainConfig,
     longest: int = 24,
 ) -> tuple[list[list[tuple[Tokens, float]]], float]:
     """Sampled captions of each group's picture with their advantages, and the mean reward.
@@ -129,17 +142,23 @@ def rewarded(
     Args:
         features: (I, N, D_v) of the groups' pictures, group after group.
         hints: of each group's pictures.
+        config: says how many are sampled, and at which temperature.
     """
     processor = model.processor
     known = [index for index, group in enumerate(groups) if group.id in reward.vectors]
     result: list[list[tuple[Tokens, float]]] = [[] for _ in groups]
     if not known:
         return result, 0.0
+    samples = config.samples
     shares = features.split([len(group.images) for group in groups])
     asked = [Conversation.ask(groups[index].images, CAPTION_PROMPT) for index in known]
     prompts = [processor.tokens(c, hints=hints[index]) for c, index in zip(asked, known, strict=True)]
     rows = [processor.row([prompt]) for prompt in prompts]
-    drawn = sample_captions(model, rows, torch.cat([shares[index] for index in known]), samples, longest)
+    shown = torch.cat([shares[index] for index in known])
+    training = model.adapter.training
+    model.adapter.eval()  # dropout would be part of what is said
+    drawn = sample_captions(model, rows, shown, samples, config.temperature, longest)
+    model.adapter.train(training)
     rewards: list[float] = []
     for index, prompt, answers in zip(known, prompts, drawn, strict=True):
         group = groups[index]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm.config import GenerationConfig
-from vlm.decoder import DecoderState
+from vlm.decoder import DecoderState, finite
 
 if TYPE_CHECKING:
     from vlm.generation import DecodeRequest, Writer
@@ -88,39 +88,36 @@ class _Beams:
         return ranked[0]
 
 
+@torch.inference_mode()
 def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
     """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty."""
-    from vlm.generation import Writer, finite
+    from vlm.generation import Writer
 
     count, size, end = len(requests), config.num_beams, model.language.frame.end
     features = torch.cat([request.features for request in requests])
     state, logits = DecoderState.prefill(model, [request.row for request in requests], features)
-    banned = model.language.never_said().to(logits.device)
+    banned = model.language.never_said().nonzero()[:, 0].to(logits.device)
     # A prompt that leaves little room in the context ends early, whatever it is searched together with.
     limits = [
         max(1, min(config.max_new_tokens, model.language.max_positions - read))
-        for read in state.positions.tolist()
+        for read in state.positions[:, 0].tolist()
     ]
-    rows = torch.arange(count, device=logits.device).repeat_interleave(size)
-    state, logits = state.select(rows), logits[rows]
+    logits = logits[:, None]  # one beam a prompt at first, as many as were asked for after a token
     beams = [_Beams(size, config.length_penalty) for _ in range(count)]
-    # At first a prompt's beams are alike: only the first one may go on.
-    totals = torch.full((count, size), float("-inf"), device=logits.device)
-    totals[:, 0] = 0
+    totals = logits.new_zeros(count, 1)
     active = list(range(count))
     left: dict[int, list[float]] = {}
     for length in itertools.count(1):
-        likely = finite(logits).log_softmax(dim=-1).masked_fill(banned, float("-inf"))
-        rows, tokens, totals = _extend(likely, totals, [beams[i] for i in active], end)
+        parents, tokens, totals = _extend(logits, totals, [beams[i] for i in active], banned, end)
         left.update(zip(active, totals.tolist(), strict=True))
         staying = [i for i, p in enumerate(active) if not beams[p].done and length < limits[p]]
         if not staying:
             break
-        keep = torch.tensor(staying, device=logits.device)
-        rows, tokens = rows.view(-1, size)[keep].flatten(), tokens.view(-1, size)[keep].flatten()
-        same_images = len(staying) == len(active)
-        totals, active = totals[keep], [active[i] for i in staying]
-        state = state.select(rows, same_images=same_images)
+        if len(staying) < len(active):
+            keep = torch.tensor(staying, device=logits.device)
+            parents, tokens, totals = parents[keep], tokens[keep], totals[keep]
+            state, active = state.select(keep), [active[i] for i in staying]
+        state.follow(parents)
         logits = state.advance(tokens)
     writers = []
     for number, prompt in enumerate(beams):
@@ -135,32 +132,30 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     return writers
 
 
-def _extend(likely: Tensor, totals: Tensor, beams: list[_Beams], end: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every prompt: the state's rows to go on from, their tokens, and (P, K) new totals.
+def _extend(
+    logits: Tensor, totals: Tensor, beams: list[_Beams], banned: Tensor, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of every prompt: (P, K) beams to go on from, (P, K) tokens, (P, K) new totals.
 
     Args:
-        likely: (P * K, V) log-probabilities of the next token.
-        totals: (P, K) log-probability of each beam so far.
+        logits: (P, K', V) of the next token, for the beams so far; overwritten.
+        totals: (P, K') log-probability of each beam so far.
+        banned: ids that are never said.
     """
-    prompts, size = totals.shape
-    vocabulary = likely.shape[-1]
-    summed = (totals[:, :, None] + likely.view(prompts, size, vocabulary)).flatten(1)
+    size, vocabulary = beams[0].size, logits.shape[-1]
+    normalisers = finite(logits.logsumexp(dim=-1))
+    logits[..., banned] = float("-inf")
     # Half of the candidates stand by for ended beams; one more shows by how much the first dropped is behind.
+    count = min(2 * size + 1, vocabulary)
+    likely, ids = logits.topk(count, dim=-1)
+    likely = likely - normalisers[..., None]
+    summed = (totals[..., None] + likely).flatten(1)
     best, where = summed.topk(min(2 * size + 1, summed.shape[-1]), dim=-1)
-    rows, tokens = [], []
-    fresh = torch.full_like(totals, float("-inf"))
-    likely_list = likely.view(prompts, -1).gather(1, where).tolist()
-    for p, beam in enumerate(beams):
-        candidates = [
-            (total, at // vocabulary, at % vocabulary, logprob)
-            for total, at, logprob in zip(best[p].tolist(), where[p].tolist(), likely_list[p], strict=True)
-        ]
-        going = beam.take(candidates, end)
-        for k, (source, token, total) in enumerate(going):
-            rows.append(p * size + source)
-            tokens.append(token)
-            fresh[p, k] = total
-        rows += [p * size] * (size - len(going))
-        tokens += [end] * (size - len(going))
-    device = likely.device
-    return torch.tensor(rows, device=device), torch.tensor(tokens, device=device), fresh
+    columns = (best, where // count, ids.flatten(1).gather(1, where), likely.flatten(1).gather(1, where))
+    candidates = zip(*(column.tolist() for column in columns), strict=True)
+    parents, tokens = where.new_zeros(len(beams), size), where.new_full((len(beams), size), end)
+    fresh = totals.new_full((len(beams), size), float("-inf"))
+    for p, (beam, found) in enumerate(zip(beams, candidates, strict=True)):
+        for k, (parent, token, total) in enumerate(beam.take(list(zip(*found, strict=True)), end)):
+            parents[p, k], tokens[p, k], fresh[p, k] = parent, token, total
+    return parents, tokens, fresh

@@ -1,21 +1,24 @@
 """The state of rows that are being decoded: key/value cache, conditioning, positions.
 
-Rows are aligned on the right, so that every row's newest token is last; a mask hides the padding on the
-left. Rows can be chosen, repeated and joined at any step, which is all that beam search and continuous
-batching need.
+Rows are aligned on the right, so that every row's newest tokens are last; a mask hides the padding on the
+left. A row may go on in several branches (beams, samples), which share its prompt and its pictures: a
+branch is nothing but a mask over the row's tokens, so branches change places without a copy. Rows can be
+chosen and joined at any step, which is all that continuous batching needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.adapters import Conditioning, ImageLayout
+from vlm.errors import VLMError
+from vlm.kvcache import KeyValueCache
 from vlm.processor import Row
 
 if TYPE_CHECKING:
@@ -24,19 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecoderState:
-    """B rows in the middle of their answers.
+    """B rows in the middle of their answers, K branches each.
 
     Attributes:
-        keys, values: one (B, H, S, d) tensor a layer.
-        seen: (B, S) bool, false on the padding.
-        positions: (B,) int64 position of the next token.
-        groups: (B,) int64 group of images that the next token sees.
+        cache: (B, H, S, d) keys and values of every layer.
+        seen: (B, K, S) bool, which tokens are a branch's own: false on padding and on other branches.
+        positions: (B, K) int64 position of the next token.
+        groups: (B,) int64 group of images that the next tokens see.
         layout, conditioning: the rows' images.
     """
 
     model: VLM
-    keys: list[Tensor]
-    values: list[Tensor]
+    cache: KeyValueCache
     seen: Tensor
     positions: Tensor
     groups: Tensor
@@ -51,24 +53,21 @@ class DecoderState:
     def prefill(
         cls, model: VLM, rows: Sequence[Row], features: Tensor, latents: Tensor | None = None
     ) -> tuple[DecoderState, Tensor]:
-        """Reads the prompts: the state after them, and the (B, V) logits of the first new token.
+        """Reads the prompts: the state after them, one branch a row, and the (B, V) next logits.
 
         Args:
             features: (I, N, D_v) of the rows' images in reading order.
             latents: (I, L, W) that the adapter makes of them, where they are known already.
         """
-        from transformers import DynamicCache
-
         batch = model.processor.batch(rows, left=True).to(model.device)
-        cache = DynamicCache()
+        cache = KeyValueCache()
         conditioning = model.condition(batch, features.to(model.device), latents)
         hidden = model.hidden(batch, conditioning, cache)
         state = cls(
             model,
-            [layer.keys for layer in cache.layers],
-            [layer.values for layer in cache.layers],
-            batch.mask[:, -1],
-            batch.positions[:, -1] + 1,
+            cache,
+            batch.mask[:, -1:],
+            batch.positions[:, -1:] + 1,
             batch.groups[:, -1],
             batch.layout,
             conditioning,
@@ -77,70 +76,73 @@ class DecoderState:
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
-        """Reads one new token a row, (B,) ids, and gives the (B, V) logits of the next."""
+        """Reads one new token a branch, (B, K) ids, and gives the (B, K, V) logits of the next."""
         language, adapter = self.model.language, self.model.adapter
-        self.seen = F.pad(self.seen, (0, 1), value=True)
-        visible = self.layout.visible(self.groups[:, None])
-        cache = self._cache()
+        rows, branches = tokens.shape
+        own = torch.eye(branches, dtype=torch.bool, device=tokens.device)
+        self.seen = torch.cat([self.seen, own.expand(rows, -1, -1)], dim=2)
+        visible = self.layout.visible(self.groups[:, None].expand(-1, branches))
         hidden = language(
-            language.embed(tokens[:, None]),
-            self.seen[:, None],
-            self.positions[:, None],
-            cache,
+            language.embed(tokens),
+            self.seen,
+            self.positions,
+            self.cache,
             adapter.before_layer(visible, self.conditioning),
             adapter.at_layers,
         )
-        self.keys = [layer.keys for layer in cache.layers]
-        self.values = [layer.values for layer in cache.layers]
         self.positions = self.positions + 1
-        logits: Tensor = language.logits(hidden[:, -1])
+        logits: Tensor = language.logits(hidden)
         return logits
 
-    def _cache(self) -> Any:
-        from transformers import DynamicCache
+    def follow(self, parents: Tensor) -> None:
+        """Goes on with other branches: (B, K') int64, which of its row's branches each continues."""
+        width = self.seen.shape[2]
+        self.seen = self.seen.gather(1, parents[:, :, None].expand(-1, -1, width))
+        self.positions = self.positions.gather(1, parents)
 
-        cache = DynamicCache()
-        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(key, value, index)
-        return cache
-
-    def select(self, rows: Tensor, *, same_images: bool = False) -> DecoderState:
-        """The chosen rows (a row may be taken several times), without padding that none of them needs.
-
-        Args:
-            same_images: row i is to show what it shows already, as when beams of one prompt change places.
-        """
+    def select(self, rows: Tensor) -> DecoderState:
+        """The chosen rows (a row may be taken several times), without padding that none of them needs."""
         seen = self.seen[rows]
-        first = int(seen.any(dim=0).to(torch.int8).argmax()) if len(rows) else 0
+        first = int(seen.flatten(0, 1).any(dim=0).to(torch.int8).argmax()) if len(rows) else 0
         return DecoderState(
             self.model,
-            [key[rows, :, first:] for key in self.keys],
-            [value[rows, :, first:] for value in self.values],
-            seen[:, first:],
+            self.cache.changed(lambda held: held[rows, :, first:]),
+            seen[:, :, first:],
             self.positions[rows],
             self.groups[rows],
-            self.layout if same_images else self.layout.select(rows),
-            self.conditioning if same_images else self.conditioning.select(rows),
+            self.layout.select(rows),
+            self.conditioning.select(rows),
         )
 
     def join(self, other: DecoderState) -> DecoderState:
-        """These rows, then the other's."""
-        longest = max(self.seen.shape[1], other.seen.shape[1])
+        """These rows, then the other's, which have as many branches."""
+        longest = max(self.seen.shape[2], other.seen.shape[2])
 
-        def pad(x: Tensor, axis: int) -> Tensor:
-            room = [0, 0] * (x.ndim - 1 - axis) + [longest - x.shape[axis], 0]
-            return F.pad(x, room)
-
-        def both(mine: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-            return [torch.cat([pad(a, 2), pad(b, 2)]) for a, b in zip(mine, theirs, strict=True)]
+        def both(mine: Tensor, theirs: Tensor) -> Tensor:
+            """Under one another, (B, ., S, ...) or (B, ., S), padded on the left of S."""
+            padded = []
+            for x in (mine, theirs):
+                room = [0, 0] * (x.ndim - 3) + [longest - x.shape[2], 0]
+                padded.append(F.pad(x, room))
+            return torch.cat(padded)
 
         return DecoderState(
             self.model,
-            both(self.keys, other.keys),
-            both(self.values, other.values),
-            torch.cat([pad(self.seen, 1), pad(other.seen, 1)]),
+            self.cache.joined(other.cache, both),
+            both(self.seen, other.seen),
             torch.cat([self.positions, other.positions]),
             torch.cat([self.groups, other.groups]),
             ImageLayout.join([self.layout, other.layout]),
             self.conditioning.join([other.conditioning]),
         )
+
+
+def finite(logits: Tensor) -> Tensor:
+    """The logits as they are.
+
+    Raises:
+        VLMError: there are numbers among them that are none, as when float16 overflows.
+    """
+    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+        raise VLMError("the model's numbers overflow: use float32 or bfloat16 (--dtype)")
+    return logits

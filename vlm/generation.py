@@ -22,8 +22,8 @@ from torch import Tensor
 from vlm.answer import Answer, FinishReason, TokenLogprob, Usage
 from vlm.config import GenerationConfig
 from vlm.conversation import Conversation
-from vlm.decoder import DecoderState
-from vlm.errors import ConfigError, VLMError
+from vlm.decoder import DecoderState, finite
+from vlm.errors import ConfigError
 from vlm.images import open_picture
 from vlm.processor import Row
 
@@ -203,7 +203,7 @@ class DecodeBatch:
             return []
         chosen, logprobs, gaps = self._choose(self._logits)
         limit = self.model.language.max_positions
-        room = (self._state.positions + 1 < limit).tolist()
+        room = (self._state.positions[:, 0] + 1 < limit).tolist()
         events = []
         for index, slot in enumerate(self._slots):
             token, logprob = int(chosen[index]), float(logprobs[index])
@@ -212,7 +212,7 @@ class DecodeBatch:
         staying = [i for i, event in enumerate(events) if event.finish_reason is None]
         self._keep(staying)
         if staying:
-            self._logits = self._state.advance(chosen[staying])
+            self._logits = self._state.advance(chosen[staying, None])[:, 0]
         return events
 
     def remove(self, slot: int) -> None:
@@ -243,17 +243,6 @@ class DecodeBatch:
                 chosen[index] = sample(allowed[index], slot.config, slot.random)
                 gaps[index] = math.inf
         return chosen, likely.gather(1, chosen[:, None])[:, 0], gaps
-
-
-def finite(logits: Tensor) -> Tensor:
-    """The logits as they are.
-
-    Raises:
-        VLMError: there are numbers among them that are none, as when float16 overflows.
-    """
-    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-        raise VLMError("the model's numbers overflow: use float32 or bfloat16 (--dtype)")
-    return logits
 
 
 def sample(logits: Tensor, config: GenerationConfig, random: torch.Generator) -> int:
