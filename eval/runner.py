@@ -1,4 +1,4 @@
-"""Runs a model over a task's examples: in batches of equal length, resumable, any error ends the run.
+"""Runs a model over a task's examples: in batches of like length, resumable, any error ends the run.
 
 Answers go to an append-only file as they come, so a run that was killed continues where it was. With several
 processes (`accelerate launch`) each answers every n-th item into a file of its own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,13 +69,13 @@ def answer_all(model: VLM, work: Work, path: Path, title: str, say: Say) -> list
     todo = [n for n in range(rank, len(work.ids), world) if work.ids[n] not in done]
     if done and todo:
         say(f"{title}: {len(done)} answers are there already, {len(todo)} to go")
-    # Equal lengths side by side waste no padding, questions about one picture share its features; the longest
-    # come first and show at once whether memory holds.
-    todo.sort(
-        key=lambda n: (
-            -(_length(work.conversations[n]) // 32), picture_names(work.conversations[n].images), n
-        )
-    )  # fmt: skip
+    # Questions about the same pictures are read together, and equal lengths side by side waste no padding;
+    # the longest come first and show at once whether memory holds.
+    pictures = {n: picture_names(work.conversations[n].images) for n in todo}
+    lengths: Counter[tuple[str, ...]] = Counter()
+    for n in todo:
+        lengths[pictures[n]] += _length(work.conversations[n])
+    todo.sort(key=lambda n: (-(lengths[pictures[n]] // 32), pictures[n], n))
     size = int(work.generation.get("batch_size", 16)) * BATCHES_BETWEEN_WRITES
     clock = _Clock(len(todo), title, say)
     for start in range(0, len(todo), size):

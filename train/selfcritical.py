@@ -95,10 +95,9 @@ def sample_captions(
     end, banned = model.language.frame.end, list(model.language.added_ids)
     state, logits = DecoderState.prefill(model, rows, features)
     said: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in rows]
-    # Row after row, the samples that go on; a row's samples are branches of its state.
-    going = [(row, list(range(samples))) for row in range(len(rows))]
-    state.follow(torch.zeros(len(rows), samples, dtype=torch.long, device=logits.device))
-    logits = logits[:, None].expand(-1, samples, -1)
+    state, _, _ = state.keep([[0] * samples] * len(rows))
+    logits = logits.expand(-1, samples, -1)
+    going = [(row, list(range(samples))) for row in range(len(rows))]  # row after row, the samples that go on
     for _ in range(longest):
         likely = (logits / temperature).softmax(dim=-1)
         likely[..., banned] = 0
@@ -108,21 +107,18 @@ def sample_captions(
         chosen = torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=likely.shape[-1] - 1)
         branches: list[list[int]] = []
         for (row, numbers), tokens in zip(going, chosen.tolist(), strict=True):
-            for number, token in zip(numbers, tokens, strict=False):
+            for number, token in zip(numbers, tokens, strict=False):  # what a row repeats is not listened to
                 said[row][number].append(token)
             branches.append([k for k in range(len(numbers)) if tokens[k] != end])
-        staying = [i for i, kept in enumerate(branches) if kept]
-        if not staying:
+        if not any(branches):
             break
-        most = max(map(len, branches))
-        # A row with fewer samples left repeats its last one, and nobody listens.
-        padded = [branches[i] + branches[i][-1:] * (most - len(branches[i])) for i in staying]
-        going = [(going[i][0], [going[i][1][k] for k in branches[i]]) for i in staying]
-        keep, parents = (torch.tensor(x, device=logits.device) for x in (staying, padded))
-        if len(staying) < len(branches):
-            state, chosen = state.select(keep), chosen[keep]
-        state.follow(parents)
-        logits = state.advance(chosen.gather(1, parents))
+        going = [
+            (row, [numbers[k] for k in kept])
+            for (row, numbers), kept in zip(going, branches, strict=True)
+            if kept
+        ]
+        state, places, parents = state.keep(branches)
+        logits = state.advance(chosen[places].gather(1, parents))
     return said
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vlm.config import GenerationConfig
 from vlm.decoder import DecoderState, finite
+from vlm.generation import DecodeRequest, Writer
 
 if TYPE_CHECKING:
-    from vlm.generation import DecodeRequest, Writer
     from vlm.model import VLM
 
 Ended = tuple[float, list[int], list[float]]
@@ -91,8 +91,6 @@ class _Beams:
 @torch.inference_mode()
 def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
     """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty."""
-    from vlm.generation import Writer
-
     count, size, end = len(requests), config.num_beams, model.language.frame.end
     features = torch.cat([request.features for request in requests])
     state, logits = DecoderState.prefill(model, [request.row for request in requests], features)
@@ -102,9 +100,8 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
         max(1, min(config.max_new_tokens, model.language.max_positions - read))
         for read in state.positions[:, 0].tolist()
     ]
-    logits = logits[:, None]  # one beam a prompt at first, as many as were asked for after a token
     beams = [_Beams(size, config.length_penalty) for _ in range(count)]
-    totals = logits.new_zeros(count, 1)
+    totals = logits.new_zeros(count, 1)  # one beam a prompt at first; after a token as many as were asked for
     active = list(range(count))
     left: dict[int, list[float]] = {}
     for length in itertools.count(1):

@@ -53,7 +53,9 @@ class DecoderState:
     def prefill(
         cls, model: VLM, rows: Sequence[Row], features: Tensor, latents: Tensor | None = None
     ) -> tuple[DecoderState, Tensor]:
-        """Reads the prompts: the state after them, one branch a row, and the (B, V) next logits.
+        """Reads the prompts: the state after them and the (B, K, V) next logits.
+
+        Every conversation of a row is a branch; a row with fewer than another repeats its last one.
 
         Args:
             features: (I, N, D_v) of the rows' images in reading order.
@@ -63,16 +65,21 @@ class DecoderState:
         cache = KeyValueCache()
         conditioning = model.condition(batch, features.to(model.device), latents)
         hidden = model.hidden(batch, conditioning, cache)
+        longest = batch.ids.shape[1]
+        ends = _rectangle(
+            [[longest - len(row.codes) + end for end in row.ends] for row in rows], model.device
+        )
+        each = torch.arange(len(rows), device=model.device)[:, None]
         state = cls(
             model,
             cache,
-            batch.mask[:, -1:],
-            batch.positions[:, -1:] + 1,
+            batch.mask[each, ends],
+            batch.positions[each, ends] + 1,
             batch.groups[:, -1],
             batch.layout,
             conditioning,
         )
-        return state, model.language.logits(hidden[:, -1])
+        return state, model.language.logits(hidden[each, ends])
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
@@ -100,6 +107,20 @@ class DecoderState:
         self.seen = self.seen.gather(1, parents[:, :, None].expand(-1, -1, width))
         self.positions = self.positions.gather(1, parents)
 
+    def keep(self, branches: Sequence[Sequence[int]]) -> tuple[DecoderState, Tensor, Tensor]:
+        """The state of some branches of every row; a row of which none is kept leaves.
+
+        Returns:
+            the state, its (B',) rows and its (B', K') branches by their places in this one. A row with fewer
+            branches than another repeats its last one.
+        """
+        places = [row for row, kept in enumerate(branches) if kept]
+        rows = torch.tensor(places, device=self.positions.device)
+        parents = _rectangle([branches[row] for row in places], self.positions.device)
+        state = self.select(rows) if len(places) < len(self) else self
+        state.follow(parents)
+        return state, rows, parents
+
     def select(self, rows: Tensor) -> DecoderState:
         """The chosen rows (a row may be taken several times), without padding that none of them needs."""
         seen = self.seen[rows]
@@ -115,8 +136,12 @@ class DecoderState:
         )
 
     def join(self, other: DecoderState) -> DecoderState:
-        """These rows, then the other's, which have as many branches."""
+        """These rows, then the other's; where one has fewer branches, its last one is repeated."""
         longest = max(self.seen.shape[2], other.seen.shape[2])
+        for state, wide in ((self, other.positions.shape[1]), (other, self.positions.shape[1])):
+            branches = list(range(state.positions.shape[1]))
+            if len(branches) < wide:
+                state.keep([branches + branches[-1:] * (wide - len(branches))] * len(state))
 
         def both(mine: Tensor, theirs: Tensor) -> Tensor:
             """Under one another, (B, ., S, ...) or (B, ., S), padded on the left of S."""
@@ -135,6 +160,12 @@ class DecoderState:
             ImageLayout.join([self.layout, other.layout]),
             self.conditioning.join([other.conditioning]),
         )
+
+
+def _rectangle(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, K) int64 of B lists of at most K numbers; shorter ones repeat their last."""
+    most = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in rows], device=device)
 
 
 def finite(logits: Tensor) -> Tensor:

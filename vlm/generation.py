@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.answer import Answer, FinishReason, TokenLogprob, Usage
+from vlm.answer import FinishReason, TokenLogprob
 from vlm.config import GenerationConfig
-from vlm.conversation import Conversation
 from vlm.decoder import DecoderState, finite
-from vlm.errors import ConfigError
-from vlm.images import open_picture
 from vlm.processor import Row
 
 if TYPE_CHECKING:
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """A prompt's row, the (images, N, D_v) features of its pictures, and how to decode.
+    """A row of prompts, the (images, N, D_v) features of its pictures, and how to decode.
 
     Attributes:
         latents: (images, L, W) that the adapter makes of the features, where they are known already.
@@ -150,21 +147,21 @@ class _Slot:
 
 
 class DecodeBatch:
-    """Rows decoded together; each as it would be alone.
+    """Prompts decoded together; each as it would be alone.
 
-    `add` reads the prompts; each `step` gives every row one token. A row that ends leaves by itself.
+    `add` reads the prompts; each `step` gives every one a token. One that ends leaves by itself.
     """
 
     def __init__(self, model: VLM) -> None:
         self.model = model
-        self._slots: list[_Slot] = []
+        self._slots: list[list[_Slot]] = []  # of every row of the state, its branches
         self._state: DecoderState | None = None
         self._logits: Tensor | None = None
         self._numbers = itertools.count()
         self._banned = model.language.never_said().to(model.device)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return sum(map(len, self._slots))
 
     def add(self, requests: Sequence[DecodeRequest]) -> list[int]:
         """Reads the prompts and returns the numbers of their slots."""
@@ -178,71 +175,82 @@ class DecodeBatch:
             self._state, self._logits = state, logits
         else:
             self._state = self._state.join(state)
-            self._logits = torch.cat([self._logits, logits])
-        added = []
-        for request in requests:
-            random = None
-            if request.config.temperature > 0:
-                random = torch.Generator()
-                if request.config.seed is None:
-                    random.seed()
-                else:
-                    random.manual_seed(request.config.seed)
-            writer = Writer(self.model, request.config)
-            added.append(_Slot(next(self._numbers), writer, request.config, random))
+            wide = self._state.positions.shape[1]
+            both = [F.pad(x, (0, 0, 0, wide - x.shape[1])) for x in (self._logits, logits)]
+            self._logits = torch.cat(both)
+        added = [[self._slot(request.config) for _ in request.row.ends] for request in requests]
         self._slots += added
-        return [slot.number for slot in added]
+        return [slot.number for row in added for slot in row]
+
+    def _slot(self, config: GenerationConfig) -> _Slot:
+        random = None
+        if config.temperature > 0:
+            random = torch.Generator()
+            if config.seed is None:
+                random.seed()
+            else:
+                random.manual_seed(config.seed)
+        return _Slot(next(self._numbers), Writer(self.model, config), config, random)
 
     def writer(self, slot: int) -> Writer:
         """What a slot has written so far."""
-        return next(s.writer for s in self._slots if s.number == slot)
+        return next(s.writer for row in self._slots for s in row if s.number == slot)
 
     def step(self) -> list[Event]:
-        """One token for every row, in the order they were added."""
+        """One token for every prompt, in the order they were added."""
         if self._state is None or self._logits is None:
             return []
         chosen, logprobs, gaps = self._choose(self._logits)
         limit = self.model.language.max_positions
-        room = (self._state.positions[:, 0] + 1 < limit).tolist()
+        room = (self._state.positions + 1 < limit).tolist()
         events = []
-        for index, slot in enumerate(self._slots):
-            token, logprob = int(chosen[index]), float(logprobs[index])
-            text = slot.writer.push(token, logprob, room[index], gaps[index])
-            events.append(Event(slot.number, token, text, logprob, slot.writer.finish_reason))
-        staying = [i for i, event in enumerate(events) if event.finish_reason is None]
-        self._keep(staying)
-        if staying:
-            self._logits = self._state.advance(chosen[staying, None])[:, 0]
+        staying: list[list[int]] = []
+        for r, slots in enumerate(self._slots):
+            staying.append([])
+            for k, slot in enumerate(slots):
+                token, logprob = int(chosen[r, k]), float(logprobs[r, k])
+                text = slot.writer.push(token, logprob, room[r][k], float(gaps[r, k]))
+                events.append(Event(slot.number, token, text, logprob, slot.writer.finish_reason))
+                if slot.writer.finish_reason is None:
+                    staying[-1].append(k)
+        kept = self._keep(staying)
+        if kept is not None:
+            rows, branches = kept
+            self._logits = self._state.advance(chosen[rows].gather(1, branches))
         return events
 
     def remove(self, slot: int) -> None:
-        """Drops a row that is no longer wanted; a slot that has ended already is no error."""
-        if any(s.number == slot for s in self._slots):
-            self._keep([i for i, s in enumerate(self._slots) if s.number != slot])
+        """Drops a prompt that is no longer wanted; a slot that has ended already is no error."""
+        staying = [[k for k, s in enumerate(row) if s.number != slot] for row in self._slots]
+        if sum(map(len, staying)) < len(self) and (kept := self._keep(staying)) and self._logits is not None:
+            rows, branches = kept
+            self._logits = self._logits[rows[:, None], branches]
 
-    def _keep(self, rows: list[int]) -> None:
-        if len(rows) == len(self._slots) or self._state is None or self._logits is None:
-            return
-        self._slots = [self._slots[i] for i in rows]
-        if rows:
-            index = torch.tensor(rows, device=self._logits.device)
-            self._state, self._logits = self._state.select(index), self._logits[index]
-        else:
+    def _keep(self, branches: list[list[int]]) -> tuple[Tensor, Tensor] | None:
+        """Goes on with these branches of every row: where they stood, or None where there are none."""
+        self._slots = [
+            [row[k] for k in kept] for row, kept in zip(self._slots, branches, strict=True) if kept
+        ]
+        if not self._slots or self._state is None:
             self._state = self._logits = None
+            return None
+        self._state, rows, parents = self._state.keep(branches)
+        return rows, parents
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-        """(B, V) -> (B,) tokens, their log-probabilities under the model (before any temperature), and how
-        far the next likeliest token is behind each (infinite where the token was drawn)."""
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K, V) -> (B, K) tokens, their log-probabilities under the model (before any temperature), and
+        how far the next likeliest token is behind each (infinite where the token was drawn)."""
         likely = finite(logits).log_softmax(dim=-1)
         allowed = likely.masked_fill(self._banned, float("-inf"))
         chosen = allowed.argmax(dim=-1)
         two = allowed.topk(2, dim=-1).values
-        gaps: list[float] = (two[:, 0] - two[:, 1]).tolist()
-        for index, slot in enumerate(self._slots):
-            if slot.random is not None:
-                chosen[index] = sample(allowed[index], slot.config, slot.random)
-                gaps[index] = math.inf
-        return chosen, likely.gather(1, chosen[:, None])[:, 0], gaps
+        gaps = two[..., 0] - two[..., 1]
+        for r, row in enumerate(self._slots):
+            for k, slot in enumerate(row):
+                if slot.random is not None:
+                    chosen[r, k] = sample(allowed[r, k], slot.config, slot.random)
+                    gaps[r, k] = math.inf
+        return chosen, likely.gather(-1, chosen[..., None])[..., 0], gaps
 
 
 def sample(logits: Tensor, config: GenerationConfig, random: torch.Generator) -> int:
@@ -254,88 +262,3 @@ def sample(logits: Tensor, config: GenerationConfig, random: torch.Generator) ->
     before = ordered.cumsum(dim=-1) - ordered
     ordered[before >= config.top_p] = 0
     return int(tokens[torch.multinomial(ordered, 1, generator=random)])
-
-
-@torch.inference_mode()
-def answer_all(model: VLM, conversations: Sequence[Conversation], config: GenerationConfig) -> list[Answer]:
-    """Answers in the order asked; prompts of like length are decoded together."""
-    from vlm.beams import beam_search
-
-    lengths = [len(model.processor.tokens(conversation)) for conversation in conversations]
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    answers: dict[int, Answer] = {}
-    for begin in range(0, len(order), config.batch_size):
-        part = order[begin : begin + config.batch_size]
-        started = time.perf_counter()
-        requests = [DecodeRequest(*shown(model, conversations[i]), config) for i in part]
-        encoded = time.perf_counter()
-        if config.num_beams > 1:
-            writers = beam_search(model, requests, config)
-        else:
-            writers = _decode(model, requests)
-        seconds = {"encode": encoded - started, "decode": time.perf_counter() - encoded}
-        for i, request, writer in zip(part, requests, writers, strict=True):
-            answers[i] = finished(model, request.row, writer, seconds)
-    return [answers[i] for i in range(len(lengths))]
-
-
-def shown(
-    model: VLM, conversation: Conversation, answers: Sequence[str | None] = (None,)
-) -> tuple[Row, Tensor]:
-    """A conversation with its pictures opened: one row of all `answers`, and its images' features."""
-    seen, hints = model.see([open_picture(image) for image in conversation.images])
-    row = model.processor.row([model.processor.tokens(conversation, text, hints) for text in answers])
-    return row, seen[row.tokens.images]
-
-
-def finished(model: VLM, row: Row, writer: Writer, seconds: dict[str, float]) -> Answer:
-    """The answer that a writer has written."""
-    return Answer(
-        text=writer.text,
-        finish_reason=writer.finish_reason or "length",
-        usage=Usage(len(row.tokens), writer.count, len(row.tokens.images)),
-        seconds=seconds,
-        logprob=writer.logprob,
-        adapter=model.adapter_name,
-        tokens=tuple(writer.tokens),
-        margin=writer.margin if math.isfinite(writer.margin) else None,
-    )
-
-
-def _decode(model: VLM, requests: Sequence[DecodeRequest]) -> list[Writer]:
-    batch = DecodeBatch(model)
-    writers = [batch.writer(slot) for slot in batch.add(requests)]
-    while len(batch):
-        batch.step()
-    return writers
-
-
-@torch.inference_mode()
-def stream(model: VLM, conversation: Conversation, config: GenerationConfig) -> Iterator[str]:
-    """The answer, piece by piece; beams have no pieces, so they are refused by a `ConfigError`."""
-    if config.num_beams > 1:
-        raise ConfigError("beam search cannot stream: set num_beams=1")
-    batch = DecodeBatch(model)
-    batch.add([DecodeRequest(*shown(model, conversation), config)])
-    while len(batch):
-        for event in batch.step():
-            if event.text:
-                yield event.text
-
-
-@torch.inference_mode()
-def score_all(
-    model: VLM, conversations: Sequence[Conversation], candidates: Sequence[Sequence[str]]
-) -> list[list[float]]:
-    """Summed log-probability of each candidate and its end; a prompt's candidates share one row."""
-    scores: list[list[float]] = []
-    for conversation, texts in zip(conversations, candidates, strict=True):
-        if not texts:
-            scores.append([])
-            continue
-        row, features = shown(model, conversation, texts)
-        batch = model.processor.batch([row]).to(model.device)
-        likely = model.label_logprobs(batch, features)
-        sizes = [len(model.language.encode_text(text)) + 1 for text in texts]  # each with its end
-        scores.append([float(part.sum()) for part in likely.split(sizes)])
-    return scores

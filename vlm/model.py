@@ -246,7 +246,7 @@ class VLM(nn.Module):
 
     def ask_batch(self, conversations: Sequence[Conversation], **generation: Any) -> list[Answer]:
         """Answers many conversations, `batch_size` at a time; each equals its answer alone."""
-        from vlm.generation import answer_all
+        from vlm.answering import answer_all
 
         return answer_all(self, conversations, generation_config(generation))
 
@@ -273,7 +273,7 @@ class VLM(nn.Module):
 
     def stream(self, conversation: Conversation, **generation: Any) -> Iterator[str]:
         """The answer's text, piece by piece as it is decoded."""
-        from vlm.generation import stream
+        from vlm.answering import stream
 
         yield from stream(self, conversation, generation_config(generation))
 
@@ -281,7 +281,7 @@ class VLM(nn.Module):
         self, conversations: Sequence[Conversation], candidates: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """Log-probability (natural logarithm, summed over tokens and the end) of each candidate answer."""
-        from vlm.generation import score_all
+        from vlm.answering import score_all
 
         return score_all(self, conversations, candidates)
 

@@ -66,6 +66,8 @@ class Row:
         parents: index of each node's parent, -1 for the first.
         depths: position of each node in its own conversation.
         labels: (node, next token id, weight): what the model learns to say after a node.
+        ends: each conversation's last node.
+        tokens: the first conversation; the others show the same images in the same places.
     """
 
     codes: list[int]
@@ -73,6 +75,7 @@ class Row:
     parents: list[int]
     depths: list[int]
     labels: list[tuple[int, int, float]]
+    ends: list[int]
     tokens: Tokens
 
 
@@ -198,7 +201,7 @@ class Processor:
             DataError: the conversations show different images.
         """
         first = conversations[0]
-        row = Row([], [], [], [], [], first)
+        row = Row([], [], [], [], [], [], first)
         children: dict[tuple[int, int, int], int] = {}
         for number, tokens in enumerate(conversations):
             if (tokens.images, tokens.image_places) != (first.images, first.image_places):
@@ -223,6 +226,7 @@ class Processor:
                     row.parents.append(node)
                     row.depths.append(depth)
                 node = children[key]
+            row.ends.append(node)
         return row
 
     def batch(self, rows: Sequence[Row], *, left: bool = False) -> Batch:

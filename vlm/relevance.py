@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlm.answering import shown
 from vlm.conversation import Conversation
-from vlm.generation import shown
 from vlm.processor import Row
 
 if TYPE_CHECKING:

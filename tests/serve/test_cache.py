@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("fastapi")
 
+from vlm.answering import shown
 from vlm.conversation import Conversation
 from vlm.decoder import DecoderState
-from vlm.generation import shown
 from vlm.images import open_picture
 from vlm.serve.cache import Latents, Recent
 from vlm.serve.metrics import Metrics

@@ -29,7 +29,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 
 def batch_of(model: VLM, *conversations: Conversation, answer: str | None = "a dog") -> tuple[Batch, Tensor]:
     """One row each, with the features of their pictures in reading order."""
-    from vlm.generation import shown
+    from vlm.answering import shown
 
     rows, features = zip(*(shown(model, c, [answer]) for c in conversations), strict=True)
     return model.processor.batch(rows), torch.cat(features)

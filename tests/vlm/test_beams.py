@@ -75,7 +75,7 @@ def totals(model: VLM, ask: Conversation, longest: int) -> dict[tuple[int, ...],
         told.append(tokens)
     row = model.processor.row(told)
     batch = model.processor.batch([row])
-    from vlm.generation import shown
+    from vlm.answering import shown
 
     with torch.inference_mode():
         logits = model(batch, shown(model, ask)[1])
@@ -188,7 +188,7 @@ def test_one_beam_is_greedy(make_tiny: Callable[..., VLM], draw: Draw) -> None:
 
     model = make_tiny("flamingo")
     ask = Conversation.ask([draw(1)], "what?")
-    from vlm.generation import shown
+    from vlm.answering import shown
 
     config = GenerationConfig(max_new_tokens=10)
     request = DecodeRequest(*shown(model, ask), config)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from vlm.answering import shown
 from vlm.conversation import Conversation
 from vlm.decoder import DecoderState
-from vlm.generation import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,7 +73,7 @@ def test_captions_are_sampled_as_the_model_thinks(
     model = make_tiny("flamingo")
     row, features = shown(model, Conversation.ask([draw(1)], "what?"))
     _, logits = DecoderState.prefill(model, [row], features)
-    wanted = (logits[0] / temperature).softmax(dim=-1)
+    wanted = (logits[0, 0] / temperature).softmax(dim=-1)
     wanted[list(model.language.added_ids)] = 0
     wanted /= wanted.sum()
     torch.manual_seed(0)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from vlm.answering import shown
 from vlm.conversation import Conversation
-from vlm.generation import shown
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from vlm.answering import shown
 from vlm.config import HintsConfig
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import ConfigError
 from vlm.features import SCORES, FeatureCache
-from vlm.generation import shown
 from vlm.hints import hint_text, likely_labels
 from vlm.images import open_picture
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from vlm.answering import shown
 from vlm.beams import _Beams
 from vlm.conversation import Conversation
-from vlm.generation import DecodeBatch, DecodeRequest, shown
+from vlm.generation import DecodeBatch, DecodeRequest
 
 if TYPE_CHECKING:
     from PIL import Image
