@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import random
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 pytest.importorskip("fastapi")
 
-from vlm.bench.serve import Reply, judge
+from vlm.bench import serve as bench
+from vlm.bench.serve import FLAT, Reply, growing, growth, judge
 from vlm.bench.serve import ask as ask_patiently
 
 if TYPE_CHECKING:
@@ -55,6 +60,73 @@ def test_a_judge_that_tells_them_apart() -> None:
     assert judge(said, Reply(200, "ac", (("a", -1.0), ("c", -0.5004)))) == "near-tie"
     assert judge(said, Reply(200, "ac", (("a", -1.0), ("c", -0.6)))) == "wrong"
     assert judge(said, Reply(500)) == "lost"
+
+
+@pytest.mark.parametrize(("name", "allowed"), FLAT.items())
+def test_growth_from_the_second_fifth_to_the_last(name: str, allowed: int) -> None:
+    steady = {"rss_mib": 900, "threads": 20, "descriptors": 60}
+    base = steady[name]
+
+    def grown(*levels: int, count: int = 21) -> dict[str, int]:
+        """Of a run whose fifths end with these values, and hold less before."""
+        samples = [{**steady, name: base - 9}] * (count - 1)
+        return growing(growth([s for level in levels for s in (*samples, {**steady, name: level})]))
+
+    assert grown(base - 5, base, base, base, base) == {}
+    assert grown(base, base, base, base, base + allowed) == {}
+    assert grown(base, base, base, base, base + allowed + 1) == {name: allowed + 1}
+    # What warms up in the first fifth, and what is given back, is no growth.
+    assert grown(0, base, base + 999, base + 999, base) == {}
+    assert grown(0, base, base, base, base + 999) == {name: 999}
+    assert grown(0, base, base, base, base + 999, count=1) == {name: 999}
+
+
+def test_fifths_hold_every_sample() -> None:
+    for count in range(1, 23):
+        fifths = growth([{"threads": number} for number in range(count)])["threads"]
+        assert len(fifths) == 5
+        assert fifths == sorted(fifths)
+        assert fifths[-1] == count - 1
+
+
+def test_a_load_on_a_server_that_forgets_to_close_files_fails(
+    make_tiny: Callable[..., VLM],
+    served: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left: list[int] = []
+
+    @contextmanager
+    def leaking(_: argparse.Namespace) -> Iterator[tuple[str, int]]:
+        with served(make_tiny()) as client:
+            ended = threading.Event()
+
+            def leak() -> None:
+                while not ended.wait(0.02):
+                    left.append(os.open(os.devnull, os.O_RDONLY))
+
+            thread = threading.Thread(target=leak)
+            thread.start()
+            try:
+                yield str(client.base_url), os.getpid()
+            finally:
+                ended.set()
+                thread.join()
+
+    honest = bench.request
+    monkeypatch.setattr(bench, "running_server", leaking)
+    monkeypatch.setattr(bench, "request", lambda number: {**honest(number), "model": "model"})
+    try:
+        result, fine = bench.load(argparse.Namespace(clients=4, minutes=0.05))
+    finally:
+        for file in left:
+            os.close(file)
+    assert not fine
+    assert result["flat"] is False
+    assert result["descriptors"][-1] - result["descriptors"][1] > FLAT["descriptors"]
+    assert "descriptors has grown by" in capsys.readouterr().err
+    assert result["answers"] == result["equal"] + result.get("near-tie", 0) > 0
 
 
 def chat(make: Any, **more: Any) -> dict[str, Any]:
