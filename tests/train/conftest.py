@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from vlm.features import FeatureCache
+    from vlm.model import VLM
     from vlm.train.config import TrainConfig
     from vlm.train.loop import Step, Trainer
 
@@ -58,6 +59,60 @@ def recipe(
             feature_cache=str(train_cache / "features"),
         )
         return replace(config, **keys)
+
+    return make
+
+
+@pytest.fixture
+def begin(
+    make_tiny: Callable[..., VLM], tiny_config: Callable[..., Any], tmp_path: Path
+) -> Callable[..., Path]:
+    """`begin("flamingo", **sizes)`: the folder of an adapter to start from, with dropout."""
+    from vlm.checkpoint import save_adapter
+    from vlm.config import HintsConfig
+
+    def make(adapter: str = "flamingo", hints: int = 0, **sizes: Any) -> Path:
+        model = make_tiny(adapter, **{"dropout": 0.3, **sizes})
+        model.config = replace(model.config, hints=HintsConfig(count=hints, least=0.0))
+        save_adapter(model, tmp_path / "start")
+        return tmp_path / "start"
+
+    return make
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path, draw: Callable[..., Any]) -> Callable[..., Path]:
+    """`pairs_file(count, chosen, rejected)`: so many pictures with a pair each, some with two."""
+
+    def make(count: int = 10, chosen: str = "a dog", rejected: str = "the man") -> Path:
+        folder = tmp_path / "pairs"
+        folder.mkdir(exist_ok=True)
+        lines = []
+        for number in range(count):
+            draw(number).save(folder / f"{number}.png")
+            row = {"images": [f"{number}.png"], "question": "What is it?"}
+            lines.append({**row, "chosen": chosen, "rejected": rejected, "id": f"p{number}"})
+            if number % 3 == 0:
+                lines.append({**row, "question": "Who?", "chosen": "the dog runs", "rejected": "no"})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "pairs.jsonl").write_text(text)
+        return folder / "pairs.jsonl"
+
+    return make
+
+
+@pytest.fixture
+def preferring(
+    recipe: Callable[..., TrainConfig], begin: Callable[..., Path], pairs_file: Callable[..., Path]
+) -> Callable[..., TrainConfig]:
+    """`preferring(...)`: as `recipe`, of the objective `preference`, over 14 pairs of 10 pictures."""
+
+    def make(
+        adapter: str = "flamingo", hints: int = 0, sizes: dict[str, Any] | None = None, **keys: Any
+    ) -> Any:
+        start, data = begin(adapter, hints, **(sizes or {})), keys.pop("data", None) or pairs_file()
+        defaults = {"objective": "preference", "sources": (), "start": str(start), "data": str(data)}
+        return recipe(adapter, **(defaults | keys))
 
     return make
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vlm.cli import main
-from vlm.config import CAPTION_PROMPT, HintsConfig
+from vlm.config import CAPTION_PROMPT
 from vlm.conversation import Conversation, PreferencePair
 from vlm.errors import ConfigError, DataError
 from vlm.train.config import OptimConfig
@@ -28,57 +28,6 @@ if TYPE_CHECKING:
 Recipe = Callable[..., "TrainConfig"]
 Make = Callable[["TrainConfig"], "tuple[PreferenceTrainer, list[Step]]"]
 ANSWERS = ("a dog", "the man")
-
-
-@pytest.fixture
-def begin(
-    make_tiny: Callable[..., VLM], tiny_config: Callable[..., Any], tmp_path: Path
-) -> Callable[..., Path]:
-    """`begin("flamingo", **sizes)`: the folder of an adapter to start from, with dropout."""
-    from vlm.checkpoint import save_adapter
-
-    def make(adapter: str = "flamingo", hints: int = 0, **sizes: Any) -> Path:
-        model = make_tiny(adapter, **{"dropout": 0.3, **sizes})
-        model.config = replace(model.config, hints=HintsConfig(count=hints, least=0.0))
-        save_adapter(model, tmp_path / "start")
-        return tmp_path / "start"
-
-    return make
-
-
-@pytest.fixture
-def pairs_file(tmp_path: Path, draw: Callable[..., Any]) -> Callable[..., Path]:
-    """`pairs_file(count, chosen, rejected)`: so many pictures with a pair each, some with two."""
-
-    def make(count: int = 10, chosen: str = ANSWERS[0], rejected: str = ANSWERS[1]) -> Path:
-        folder = tmp_path / "pairs"
-        folder.mkdir(exist_ok=True)
-        lines = []
-        for number in range(count):
-            draw(number).save(folder / f"{number}.png")
-            row = {"images": [f"{number}.png"], "question": "What is it?"}
-            lines.append({**row, "chosen": chosen, "rejected": rejected, "id": f"p{number}"})
-            if number % 3 == 0:
-                lines.append({**row, "question": "Who?", "chosen": "the dog runs", "rejected": "no"})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "pairs.jsonl").write_text(text)
-        return folder / "pairs.jsonl"
-
-    return make
-
-
-@pytest.fixture
-def preferring(recipe: Recipe, begin: Callable[..., Path], pairs_file: Callable[..., Path]) -> Recipe:
-    """A recipe of 6 steps over 14 pairs of 10 pictures."""
-
-    def make(
-        adapter: str = "flamingo", hints: int = 0, sizes: dict[str, Any] | None = None, **keys: Any
-    ) -> Any:
-        start, data = begin(adapter, hints, **(sizes or {})), keys.pop("data", None) or pairs_file()
-        defaults = {"objective": "preference", "sources": (), "start": str(start), "data": str(data)}
-        return recipe(adapter, **(defaults | keys))
-
-    return make
 
 
 def pairs_in(trainer: PreferenceTrainer) -> list[PreferencePair]:

@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 
 
-@pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
-def test_two_processes_give_the_losses_of_one(recipe: Any, run: Any, tmp_path: Path, adapter: str) -> None:
-    # 12 pictures by fives: the last batch of an epoch has two, and then three batches are odd.
-    keys = {"steps": 8, "batch": 5, "save_every": 3}
+@pytest.mark.parametrize(
+    ("objective", "adapter", "batch"),
+    [
+        # 12 pictures by fives: the last batch of an epoch has two, and then three batches are odd.
+        ("recipe", "flamingo", 5),
+        ("recipe", "qformer", 5),
+        # 10 pictures by threes: the last batch has one, and a process without a picture.
+        ("preferring", "flamingo", 3),
+    ],
+)
+def test_two_processes_give_the_losses_of_one(
+    request: pytest.FixtureRequest, run: Any, tmp_path: Path, objective: str, adapter: str, batch: int
+) -> None:
+    recipe = request.getfixturevalue(objective)
+    keys = {"steps": 8, "batch": batch, "save_every": 3}
     one = run(recipe(adapter, out=str(tmp_path / "one"), **keys), 1)
     two = run(recipe(adapter, out=str(tmp_path / "two"), **keys), 2)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)

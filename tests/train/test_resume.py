@@ -45,7 +45,7 @@ def losses(out: Path | str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture
-def long_recipe(recipe: Callable[..., Any]) -> Callable[..., Any]:
+def long_recipe(recipe: Callable[..., Any], preferring: Callable[..., Any]) -> Callable[..., Any]:
     """A run in which everything random is used: dropout, mirrored pictures, drawn answers, an average."""
 
     def make(**keys: Any) -> Any:
@@ -58,7 +58,8 @@ def long_recipe(recipe: Callable[..., Any]) -> Callable[..., Any]:
             "micro": 3,
             "optim": OptimConfig(lr=3e-3, warmup=2, average=0.9),
         }
-        return recipe(**(defaults | keys))
+        of = preferring if keys.get("objective") == "preference" else recipe
+        return of(**(defaults | keys))
 
     return make
 
@@ -83,8 +84,9 @@ def run_killed(recipe: Path, *arguments: object) -> list[list[str]]:
         ({}, range(1, 21)),
         ({"fast": FastConfig(lower_cache=8)}, (5, 13)),
         ({"objective": "cider", "samples": 2}, (5, 13)),
+        ({"objective": "preference"}, (2, 8, 13)),
     ],
-    ids=["plain", "lower_cache", "cider"],
+    ids=["plain", "lower_cache", "cider", "preference"],
 )
 def test_killed_at_each_of_20_steps(
     long_recipe: Any, tmp_path: Path, keys: dict[str, Any], at: Sequence[int]

@@ -19,7 +19,7 @@ from vlm.train.loop import Step, Trainer
 from vlm.train.prepare import groups_of, read_sources
 from vlm.train.processes import Processes
 from vlm.train.recipe import read_recipe
-from vlm.train.run import make_model, prepare
+from vlm.train.run import TRAINERS, make_model, prepare
 from vlm.train.screen import Screen
 from vlm.train.streamed import Feed, StreamTrainer
 
@@ -57,7 +57,8 @@ def main(recipe: str, out: Path) -> None:
     else:
         groups: list[Group]
         groups, store = prepare(config, model, groups_of(read_sources(config)), Screen(False), accelerator)
-        trainer = Trainer(model, config, groups, store, steps.append, accelerator)
+        kind = TRAINERS.get(config.objective, Trainer)
+        trainer = kind(model, config, groups, store, steps.append, accelerator)
     trainer.resume()
     trainer.run()
     found = torch.zeros(accelerator.num_processes, 32, dtype=torch.uint8)
