@@ -58,7 +58,7 @@ def _batches(conversations: Sequence[Conversation], config: GenerationConfig) ->
     most = 1 if config.num_beams > 1 else min(TOGETHER, config.batch_size)
     by_pictures: dict[tuple[Any, ...], list[int]] = {}
     for i, conversation in enumerate(conversations):
-        by_pictures.setdefault(picture_keys(conversation.images), []).append(i)
+        by_pictures.setdefault(_picture_keys(conversation.images), []).append(i)
     groups = [
         members[at : at + most] for members in by_pictures.values() for at in range(0, len(members), most)
     ]
@@ -73,7 +73,7 @@ def _batches(conversations: Sequence[Conversation], config: GenerationConfig) ->
         yield batch
 
 
-def picture_keys(images: Sequence[ImageSource]) -> tuple[Any, ...]:
+def _picture_keys(images: Sequence[ImageSource]) -> tuple[Any, ...]:
     """What tells these pictures from others while they are held: paths and bytes by value."""
     return tuple(image if isinstance(image, str | Path | bytes) else id(image) for image in images)
 
