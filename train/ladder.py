@@ -11,7 +11,6 @@ are compared. `--sweep` looks for the best learning rate at each width instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from vlm.options import add_common, make_parser
 from vlm.train.config import TrainConfig
 from vlm.train.curve import draw_ladder
 from vlm.train.powerlaw import LEVEL, PowerLaw, unknowns
-from vlm.train.rungs import LadderConfig, Rung, Workshop, check_recipe, finished, parameters, rung_config
+from vlm.train.rungs import LadderConfig, Rung, Workshop, finished, parameters, rung_config
 
 FILE = "ladder.json"
 PICTURE = "ladder.png"
@@ -69,15 +68,11 @@ def read_settings(recipe: str, settings: Sequence[str]) -> tuple[TrainConfig, La
     return config, from_dict(LadderConfig, values.get("ladder", {}), KEY)
 
 
-def climb(
-    config: TrainConfig,
-    ladder: LadderConfig,
-    *,
-    offline: bool = False,
-    fresh: bool = False,
-    device: str = "auto",
-) -> dict[str, Any] | None:
+def climb(config: TrainConfig, ladder: LadderConfig, **how: Any) -> dict[str, Any] | None:
     """Makes the ladder, or goes on with it; leaves `ladder.json` and `ladder.png` in the recipe's `out`.
+
+    Args:
+        how: `offline`, `fresh` and `device`, as for `Workshop.open`.
 
     Returns:
         The report; None where a signal has stopped it.
@@ -89,17 +84,15 @@ def climb(
     from vlm.train.dev import apportion
 
     axes = check_sizes(ladder)
-    check_recipe(config, ladder)
-    *lower, last = rungs(config, ladder, offline)
+    shop = Workshop.open(FILE, config, ladder, **how)
+    *lower, last = rungs(config, ladder, shop.offline)
     apportion(last.config)  # there are enough pictures for every run, or none is made
-    out = Path(config.out)
-    shop = Workshop.open(out / FILE, config, ladder, offline=offline, fresh=fresh, device=device)
     if not shop.measure_all(lower):
         return None
     if "prediction" not in shop.report:
         shop.report |= predict(shop.report["rungs"], last, axes)
         # Whether the run was still to be made when this was said.
-        shop.report["prediction"]["before"] = fresh or finished(last) is None
+        shop.report["prediction"]["before"] = shop.fresh or finished(last) is None
         shop.write()
     shop.say(prediction_text(shop.report))
     row = shop.measure(last)
@@ -109,7 +102,7 @@ def climb(
     shop.report["measured"] = row | {"inside": said["low"] <= row["loss"] <= said["high"]}
     shop.write()
     if shop.main:
-        draw_ladder(shop.report, out / PICTURE)
+        draw_ladder(shop.report, shop.path.with_name(PICTURE))
         show(shop.report)
     return shop.report
 

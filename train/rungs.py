@@ -63,7 +63,7 @@ class Rung:
     trained: int = 0
 
 
-def check_recipe(config: TrainConfig, ladder: LadderConfig) -> None:
+def _check_recipe(config: TrainConfig, ladder: LadderConfig) -> None:
     """Raises:
     ConfigError: a recipe whose runs cannot be compared by their loss, or whose widths are given.
     """
@@ -136,9 +136,9 @@ class Workshop:
 
     path: Path
     report: dict[str, Any]
-    offline: bool = False
-    fresh: bool = False
-    device: str = "auto"
+    offline: bool
+    fresh: bool
+    device: str
 
     @property
     def main(self) -> bool:
@@ -150,18 +150,33 @@ class Workshop:
         return bool(PartialState(cpu=on_cpu(self.device)).is_main_process)
 
     @classmethod
-    def open(cls, path: Path, config: TrainConfig, ladder: LadderConfig, **how: Any) -> Workshop:
-        """Goes on with the report that is there, or begins one.
+    def open(
+        cls,
+        name: str,
+        config: TrainConfig,
+        ladder: LadderConfig,
+        *,
+        offline: bool = False,
+        fresh: bool = False,
+        device: str = "auto",
+    ) -> Workshop:
+        """Goes on with the report of this name in the recipe's `out`, or begins one.
+
+        Args:
+            fresh: drop the report that is there, and what its runs measured.
 
         Raises:
-            ConfigError: it is of another recipe or of other sizes.
+            ConfigError: it is of another recipe or of other sizes, or the recipe's runs cannot be compared.
             DataError: it is damaged.
         """
         from vlm.train.recipe import identity, same_recipe
 
+        _check_recipe(config, ladder)
+        path = Path(config.out) / name
         head = {"recipe": identity(config), "ladder": to_dict(ladder)}
-        if how.get("fresh") or not path.is_file():
-            return cls(path, {**head, "rungs": []}, **how)
+        shop = cls(path, {**head, "rungs": []}, offline, fresh, device)
+        if fresh or not path.is_file():
+            return shop
         try:
             report = json.loads(path.read_text("utf-8"))
             same = same_recipe(report["recipe"], config) and report["ladder"] == head["ladder"]
@@ -169,7 +184,8 @@ class Workshop:
             raise DataError(f"{path} cannot be read: {problem}") from problem
         if not same:
             raise ConfigError(f"{path} is of other sizes or another recipe: choose another out=, or --fresh")
-        return cls(path, {**report, "rungs": []}, **how)
+        shop.report = {**report, "rungs": []}
+        return shop
 
     def measure(self, rung: Rung) -> dict[str, Any] | None:
         """A run's row of the report, its loss in it; the run is made, or continued, unless it has finished.

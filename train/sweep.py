@@ -9,28 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vlm.errors import ConfigError
 from vlm.train.config import TrainConfig
 from vlm.train.curve import draw_sweep
-from vlm.train.rungs import LadderConfig, Rung, Workshop, check_recipe, rung_config
+from vlm.train.rungs import LadderConfig, Rung, Workshop, rung_config
 
 FILE = "sweep.json"
 PICTURE = "sweep.png"
 
 
-def sweep(
-    config: TrainConfig,
-    ladder: LadderConfig,
-    *,
-    offline: bool = False,
-    fresh: bool = False,
-    device: str = "auto",
-) -> dict[str, Any] | None:
+def sweep(config: TrainConfig, ladder: LadderConfig, **how: Any) -> dict[str, Any] | None:
     """Makes every run, or goes on; leaves `sweep.json` and `sweep.png` in the recipe's `out`.
+
+    Args:
+        how: `offline`, `fresh` and `device`, as for `Workshop.open`.
 
     Returns:
         The report; None where a signal has stopped it.
@@ -42,15 +37,13 @@ def sweep(
         raise ConfigError("a sweep compares widths: ladder.widths=[64,256], each at ladder.rates=3 or more")
     if len(ladder.pictures) > 1:
         raise ConfigError("a sweep has one number of pictures: ladder.pictures=[1000], or none for all")
-    check_recipe(config, ladder)
-    out = Path(config.out)
-    shop = Workshop.open(out / FILE, config, ladder, offline=offline, fresh=fresh, device=device)
+    shop = Workshop.open(FILE, config, ladder, **how)
     if not shop.measure_all(rungs(config, ladder)):
         return None
     shop.report |= compare(shop.report["rungs"], config.optim.mup_base)
     shop.write()
     if shop.main:
-        draw_sweep(shop.report, out / PICTURE)
+        draw_sweep(shop.report, shop.path.with_name(PICTURE))
         show(shop.report)
     return shop.report
 
