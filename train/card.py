@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, read_config, replace_files
 from vlm.errors import DataError
 from vlm.options import make_parser
@@ -71,8 +72,7 @@ def card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> str:
     if recipe and "model" in facts:
         recipe = {**recipe, "model": facts["model"]}  # the sizes of the adapter that it started from
     parts = [
-        _head(config, recipe),
-        _use(out),
+        _head(out, config, recipe),
         _training(facts, read_log(out)) if facts else "",
         _curve(out),
         _data(facts, recipe) if facts else "",
@@ -101,33 +101,10 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def _head(config: dict[str, Any], recipe: dict[str, Any]) -> str:
-    model = config["model"]
+def _head(out: Path, config: dict[str, Any], recipe: dict[str, Any]) -> str:
     sets = sorted({source["name"] or "own pictures" for source in recipe.get("sources", [])})
-    about = f"{model['adapter'].capitalize()} adapter" + (f", trained on {', '.join(sets)}" if sets else "")
-    front = [
-        "---",
-        "library_name: vlm-adapters",
-        "pipeline_tag: image-text-to-text",
-        "license: apache-2.0",
-        "---",
-    ]
-    note = recipe.get("note", "")
-    return "\n".join(front) + (
-        f"\n\n# {about}\n\nIt joins the frozen image encoder `{model['vision']['encoder']}` and the frozen "
-        f"language model `{model['language_model']}`; both are used as they are, and are not part of this "
-        f"folder. {note}\n"
-    )
-
-
-def _use(out: Path) -> str:
-    return f'## Use\n\n```sh\nvlm ask --adapter {out.name} picture.jpg "What is in the picture?"\n```\n'
+    made = f", trained on {', '.join(sets)}" if sets else ""
+    return card_head(out, config, made, recipe.get("note", ""))
 
 
 def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:

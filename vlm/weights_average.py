@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm import __version__
+from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, load_tensors, read_config, write_adapter
 from vlm.errors import ConfigError, WeightsError
 
@@ -123,34 +124,14 @@ def _mean(soup: Sequence[Ingredient], key: str) -> Tensor:
 
 
 def _card(out: Path, soup: Sequence[Ingredient]) -> str:
-    model = soup[0].config["model"]
-    rows = [f"| {Path(part.name).name} | {part.share:.4g} | `{part.sha256}` |" for part in soup]
-    lines = [
-        "---",
-        "library_name: vlm-adapters",
-        "pipeline_tag: image-text-to-text",
-        "license: apache-2.0",
-        "---",
-        "",
-        f"# {str(model['adapter']).capitalize()} adapter, an average of {len(soup)}",
-        "",
-        f"It joins the frozen image encoder `{model['vision']['encoder']}` and the frozen language model "
-        f"`{model['language_model']}`; both are used as they are, and are not part of this folder. Its "
-        "weights are the weighted mean of other adapters' (a model soup, Wortsman et al. 2022), made by "
-        "`vlm weights average`; nothing was trained for it, and it has no scores of its own yet.",
-        "",
-        "## Use",
-        "",
-        "```sh",
-        f'vlm ask --adapter {out.name} picture.jpg "What is in the picture?"',
-        "```",
-        "",
-        "## Made of",
-        "",
-        "| adapter | share | SHA-256 of its `adapter.safetensors` |",
-        "| --- | --- | --- |",
-        *rows,
-        "",
-        "Their own cards say what each has learnt, from which data, and what it is known to get wrong.",
-    ]
-    return "\n".join(lines) + "\n"
+    note = (
+        "Its weights are the weighted mean of other adapters' (a model soup, Wortsman et al. 2022), made by "
+        "`vlm weights average`; nothing was trained for it, and it has no scores of its own yet."
+    )
+    rows = [(Path(part.name).name, f"{part.share:.4g}", f"`{part.sha256}`") for part in soup]
+    made_of = table(("adapter", "share", "SHA-256 of its `adapter.safetensors`"), rows)
+    return (
+        card_head(out, soup[0].config, f", an average of {len(soup)}", note)
+        + f"\n## Made of\n\n{made_of}\n"
+        + "Their own cards say what each has learnt, from which data, and what it is known to get wrong.\n"
+    )

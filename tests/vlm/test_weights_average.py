@@ -47,7 +47,9 @@ def test_the_mean_of_three_answers_and_its_card_says_of_what(
         assert value.dtype == torch.float16
         torch.testing.assert_close(value.double(), wanted, rtol=2**-11, atol=1e-7)
     card = (out / "README.md").read_text()
-    assert "average of 3" in card
+    assert card.startswith("---\nlibrary_name: vlm-adapters\n")
+    assert "\n# Flamingo adapter, an average of 3\n" in card
+    assert "\nvlm ask --adapter mean picture.jpg" in card
     assert str(tmp_path) not in card
     for name in soup[:3]:
         model = load_model(name, offline=True)
