@@ -23,7 +23,7 @@ from vlm.data.example import Example
 from vlm.data.rows import BadRow
 from vlm.data.shards import Shard
 from vlm.data.splits import canonical_split, split_by_image
-from vlm.data.streams import read_hub, read_parquet, read_webdataset
+from vlm.data.streams import hub_name, read_hub, read_parquet, read_webdataset
 from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
 from vlm.errors import DataError
 
@@ -234,8 +234,7 @@ def read_source(
         items, has_part = _folder(path, split, shard)
     elif path.is_file():
         items, has_part = _file(path, split, shard)
-    elif str(source).removeprefix("hub:").count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        name = str(source).removeprefix("hub:")
+    elif (name := hub_name(source)) is not None:
         items, has_part = read_hub(name, "train" if split == "train-rest" else split, shard), True
     else:
         raise DataError(f"{source} is no file, no folder and no hub data set (owner/name)")

@@ -21,6 +21,8 @@ from vlm.data.tables import Rows, text_rows, to_examples
 from vlm.errors import DataError
 
 T = TypeVar("T")
+HubPart = tuple[Any, str, str, list[str]]
+"""(builder, kind, part, URLs of its files) of a part of a hub data set."""
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "val"), "test": ("test",)}
 TEXT_TABLES = (".csv", ".tsv", ".jsonl")
@@ -30,14 +32,28 @@ PATIENCE = 60.0
 """Seconds without a byte after which a remote shard counts as lost."""
 
 
-def _parquet(file: str) -> Any:
+def _parquet(file: str, without: Sequence[str] = ()) -> Any:
     import datasets
 
     # With a batch of its own size: the default one is the first row group's, and an empty file has none.
     stream = datasets.load_dataset(
-        "parquet", data_files={"train": [file]}, split="train", streaming=True, batch_size=PARQUET_BATCH
+        "parquet",
+        data_files={"train": [file]},
+        split="train",
+        streaming=True,
+        batch_size=PARQUET_BATCH,
+        columns=_other_columns(file, without) if without else None,
     )
     return _undecoded(stream)
+
+
+def _other_columns(file: str, without: Sequence[str]) -> list[str]:
+    """The columns of a Parquet file but these; only its footer is read."""
+    import fsspec
+    import pyarrow.parquet
+
+    with fsspec.open(file, "rb") as opened:
+        return [name for name in pyarrow.parquet.read_schema(opened).names if name not in without]
 
 
 def _undecoded(stream: Any) -> Any:
@@ -103,7 +119,7 @@ def _member(suffix: str, content: bytes) -> dict[str, Any]:
 
 
 def file_rows(
-    kind: str, file: str, part: Part, start: int = 0
+    kind: str, file: str, part: Part, start: int = 0, without: Sequence[str] = ()
 ) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRow]]:
     """(number, place, row) of a part of one Parquet file or tar shard.
 
@@ -112,6 +128,7 @@ def file_rows(
         file: a path or a URL.
         part: which rows.
         start: rows before this number are passed over. A row's place is the same whoever reads it.
+        without: columns of Parquet files that are not read at all.
     """
     name = PurePosixPath(file).name
     if kind == "webdataset":
@@ -119,16 +136,16 @@ def file_rows(
             place = f"{name}/{key}"
             yield number, place, BadRow(place, row.cause, row.detail) if isinstance(row, BadRow) else row
         return
-    stream = _parquet(file)
+    stream = _parquet(file, without)
     for number, row in enumerate(stream.skip(start) if start else stream, start=start):
         if part.holds(number):
             yield number, f"{name} row {number}", row
 
 
-def _rows(kind: str, files: Sequence[str], shard: Shard) -> Rows:
-    """(place, row) of one reader's parts of the files."""
+def shard_rows(kind: str, files: Sequence[str], shard: Shard = (0, 1), without: Sequence[str] = ()) -> Rows:
+    """(place, row) of one reader's parts of Parquet files or tar shards, but for the columns `without`."""
     for part in parts_of(range(len(files)), shard):
-        for _, place, row in file_rows(kind, files[part.file], part):
+        for _, place, row in file_rows(kind, files[part.file], part, without=without):
             yield place, row
 
 
@@ -153,7 +170,7 @@ def guarded(examples: Iterator[T], name: str) -> Iterator[T]:
 
 def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Example | BadRow]:
     name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*{files[0].suffix}"
-    rows = _rows(kind, [str(file) for file in files], shard)
+    rows = shard_rows(kind, [str(file) for file in files], shard)
     return guarded(to_examples(rows, files[0].parent), name)
 
 
@@ -211,8 +228,17 @@ def _remote_examples(urls: Sequence[str], shard: Shard) -> Iterator[Example | Ba
         yield from to_examples(rows, find)
 
 
-def hub_part(repo: str, split: str) -> tuple[Any, str, str, list[str]]:
+def hub_name(source: str | Path) -> str | None:
+    """`owner/name` (or `owner/name:config`) where a source is a data set of the hub, else None."""
+    name = str(source).removeprefix("hub:")
+    path = name.startswith((".", "/", "~")) or Path(source).exists()
+    return None if path or name.count("/") != 1 else name
+
+
+def hub_part(repo: str, split: str, names: Sequence[str] = ()) -> HubPart:
     """(builder, kind, part, URLs of its files) of a data set that `datasets` finds.
+
+    `names`: what the part may be called, the best first; the usual names of the split where none is given.
 
     Raises:
         DataError: the data set or the split is not there.
@@ -222,17 +248,27 @@ def hub_part(repo: str, split: str) -> tuple[Any, str, str, list[str]]:
     name, _, config = repo.partition(":")
     try:
         builder = datasets.load_dataset_builder(name, config or None)
-    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{repo} is no file or folder, and no data set of the hub: {reason}") from error
     files = dict(builder.config.data_files or {})
     known = [str(key) for key in (files or builder.info.splits or {})]
-    part = next((key for key in SPLIT_NAMES.get(split, (split,)) if key in known), None)
+    part = next((key for key in names or SPLIT_NAMES.get(split, (split,)) if key in known), None)
     if part is None:
         raise DataError(f"{repo} has no {split} part; it has {', '.join(known) or 'none'}")
     kind = type(builder).__module__.split(".")[-1]
     urls = [str(url) for url in files.get(part, [])]
     return builder, kind, part, urls
+
+
+def hub_rows(found: HubPart, name: str, shard: Shard = (0, 1), without: Sequence[str] = ()) -> Rows:
+    """(place, row) of one reader's share of what `hub_part` found, but for the columns `without`."""
+    builder, kind, part, urls = found
+    if kind in ("parquet", "webdataset"):
+        return shard_rows(kind, urls, shard, without)
+    stream = _undecoded(builder.as_streaming_dataset(split=part))
+    unread = [name for name in without if name in (stream.features or ())]
+    return _stream_rows(stream.remove_columns(unread) if unread else stream, name, shard)
 
 
 def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
@@ -246,12 +282,10 @@ def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator
     Raises:
         DataError: the data set or the split is not there.
     """
-    builder, kind, part, urls = hub_part(repo, split)
+    found = hub_part(repo, split)
+    _, kind, _, urls = found
     tables = [url for url in urls if url.endswith(TEXT_TABLES)]
     if tables and kind in ("imagefolder", "csv", "json"):
         # metadata.jsonl, or a table of any name beside its pictures
         return guarded(_remote_examples(tables, shard), repo)
-    if kind in ("parquet", "webdataset"):
-        return guarded(to_examples(_rows(kind, urls, shard), Path()), repo)
-    stream = _undecoded(builder.as_streaming_dataset(split=part))
-    return guarded(to_examples(_stream_rows(stream, repo, shard), Path()), repo)
+    return guarded(to_examples(hub_rows(found, repo, shard), Path()), repo)

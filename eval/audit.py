@@ -19,7 +19,7 @@ from vlm.eval.main import add_data
 from vlm.eval.metrics.vqa import normalise, punctuation, vqa_accuracy
 from vlm.eval.predictions import read_predictions
 from vlm.eval.task import question
-from vlm.options import make_parser
+from vlm.options import add_offline, apply_offline, make_parser
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ def main(argv: list[str]) -> int:
         "--show", type=int, default=20, metavar="N", help="differing items to print (default: 20)"
     )
     add_data(parser)
+    add_offline(parser)
     args = parser.parse_args(argv)
+    apply_offline(args)
     task = tasks.get(args.task)
     if task.captions:
         raise ConfigError(f"the audit is about VQA accuracy; {task.name} has captions")

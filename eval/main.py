@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The options that every command about a task shares."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set, as downloaded")
+    where = "the data set as downloaded: its folder, Parquet files, or an id of the hub"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=where)
     parser.add_argument("--split", help="default: the task's own")
     parser.add_argument("--out", type=Path, metavar="REPORT.json", help="where the report goes")
     parser.add_argument("--no-java", action="store_true", help="leave METEOR and SPICE out")

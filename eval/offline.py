@@ -7,7 +7,7 @@ from pathlib import Path
 from vlm.eval import report, tasks
 from vlm.eval.main import add_data
 from vlm.eval.predictions import read_predictions
-from vlm.options import make_parser
+from vlm.options import add_offline, apply_offline, make_parser
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +16,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}")
     parser.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="the answers")
     add_data(parser)
+    add_offline(parser)
     args = parser.parse_args(argv)
+    apply_offline(args)
     task = tasks.get(args.task)
     examples = task.examples(args.data, args.split, pictures=False)
     answers = read_predictions(args.predictions, task, examples)

@@ -18,7 +18,7 @@ from vlm.eval import controls, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export
 from vlm.eval.scorers import options
 from vlm.eval.task import Scores, Task
-from vlm.options import apply_common
+from vlm.options import apply_common, apply_offline
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """
     task = tasks.get(args.task)
     out = args.out or Path("runs") / f"{task.name}.json"
+    apply_offline(args)  # the data may be a hub data set's
     examples = limited(task.examples(args.data, args.split), args.limit)
     apply_common(args)
     model = _model(args)

@@ -31,6 +31,12 @@ def add_offline(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def apply_offline(args: argparse.Namespace) -> None:
+    """Give --offline effect. Read once, when huggingface_hub is first imported; so before its friends are."""
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the shared options; `apply_common` gives them effect."""
     group = parser.add_argument_group("common options")
@@ -52,9 +58,7 @@ def apply_common(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a device that torch does not know or that this machine does not have.
     """
-    if args.offline:
-        # Read once, when huggingface_hub is first imported; so before torch's friends are.
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    apply_offline(args)
     import torch
 
     if args.threads:

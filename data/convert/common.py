@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vlm.conversation import ImageSlot, Turn
+from vlm.conversation import ImageSlot, ImageSource, Turn
 from vlm.data.example import Example
 from vlm.errors import DataError
 
@@ -15,11 +15,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 def make_example(
-    image: str | Path, question: str, answers: Iterable[str], id: str, meta: Mapping[str, Any] | None = None
+    image: ImageSource, question: str, answers: Iterable[str], id: str, meta: Mapping[str, Any] | None = None
 ) -> Example:
     """One picture, one question about it, and the answers that count as right."""
     return Example(
-        images=(Path(image),),
+        images=(Path(image) if isinstance(image, str) else image,),
         turns=(Turn("user", (ImageSlot(0), question)),),
         answers=tuple(answers),
         id=id,

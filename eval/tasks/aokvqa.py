@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,24 +15,41 @@ from vlm.errors import DataError
 from vlm.eval.metrics.answers import direct_answer
 from vlm.eval.scorers import choice_chance, choice_scores, item_scores, no_choice
 from vlm.eval.task import Published, Task, official_id
-from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, coco_names, field, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, chosen_of, coco_names, field, load
 
 
 def _read(root: Path | None, split: str, pictures: bool, choices: bool) -> list[Example]:
+    if hub.holds(root):
+        return [_example(entry, choices) for entry in hub.entries(root, split, pictures)]
     part = "val" if split == "dev" else split
     path, rows = load(root, [f"aokvqa_v1p0_{part}.json", f"aokvqa/aokvqa_v1p0_{part}.json"], "A-OKVQA file")
     find = Pictures(root, COCO_FOLDERS, pictures)
     examples = []
     for row in rows:
-        id, listed = str(field(row, "question_id", path)), field(row, "choices", path)
-        right = field(row, "correct_choice_idx", path)
-        if not isinstance(right, int) or not 0 <= right < len(listed):
-            raise DataError(f"{path}: question {id} has no right choice ({right!r} of {len(listed)})")
-        answers = [listed[right]] if choices else field(row, "direct_answers", path)
-        meta = {"key": id, "options": json.dumps(listed)}
         image = find(*coco_names(field(row, "image_id", path), part))
-        examples.append(make_example(image, str(field(row, "question", path)), answers, id, meta))
+        examples.append(_example(Entry(path, row, image), choices))
     return examples
+
+
+def _example(entry: Entry, choices: bool) -> Example:
+    id = str(entry["question_id"])
+    listed, right = chosen_of(entry, "choices", "correct_choice_idx")
+    meta = {"key": id, "options": json.dumps(listed)}
+    answers = [right] if choices else _direct_answers(entry)
+    return make_example(entry.image, str(entry["question"]), answers, id, meta)
+
+
+def _direct_answers(entry: Entry) -> list[str]:
+    """A list, or one that is written out as text ("['cat', 'cat']"), as in HuggingFaceM4/A-OKVQA."""
+    name = "direct_answers"
+    text = entry[name]
+    if isinstance(text, str):
+        try:
+            entry = replace(entry, row={name: ast.literal_eval(text)})
+        except (ValueError, SyntaxError):
+            raise DataError(f"{entry.where}: {name!r} is no list: {text[:80]}") from None
+    return [str(each) for each in entry.listed(name)]
 
 
 def read_direct(root: Path | None, split: str, pictures: bool) -> list[Example]:

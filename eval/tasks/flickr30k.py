@@ -7,13 +7,23 @@ from pathlib import Path
 from vlm.data.example import Example
 from vlm.eval.scorers import object_caption_scores
 from vlm.eval.task import Published
-from vlm.eval.tasks.layouts import caption_task, karpathy
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import KARPATHY, caption_example, caption_task, karpathy
 
 FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images", "")
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """dataset_flickr30k.json, and the pictures in flickr30k-images."""
+    """dataset_flickr30k.json, and the pictures in flickr30k-images; or the Parquet of nlphuji/flickr30k.
+
+    The hub's one part, called test, holds every picture with the name of its split.
+    """
+    if hub.holds(root):
+        return [
+            caption_example(entry.image, map(str.strip, entry.listed("caption")), entry["filename"])
+            for entry in hub.entries(root, split, pictures, names=("test",))
+            if entry["split"] in KARPATHY[split]
+        ]
     return karpathy(root, split, pictures, "dataset_flickr30k.json", FOLDERS)
 
 

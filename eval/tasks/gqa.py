@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
+from vlm.errors import DataError
 from vlm.eval.scorers import exact, item_scores, uniform_chance
 from vlm.eval.task import Published, Task
-from vlm.eval.tasks.layouts import Pictures, field, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import Entry, Pictures, field, load
 
 PARTS = {"train": "train", "dev": "val", "testdev": "testdev"}
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official question file, and the pictures in images."""
+    """The official question file, and the pictures in images; or lmms-lab/GQA."""
+    if hub.holds(root):
+        return _from_hub(root, PARTS[split], pictures)
     name = f"{PARTS[split]}_balanced_questions.json"
     path, found = load(root, [name, f"questions1.2/{name}", f"questions/{name}"], "GQA question file")
     find = Pictures(root, ("images", "allImages/images", ""), pictures)
     examples = []
     for id, row in found.items():
-        kinds = row.get("types", {}) if isinstance(row, dict) else {}
-        meta = {"key": id, "question_type": str(kinds.get("structural", ""))}
-        image = find(f"{field(row, 'imageId', path)}.jpg")
-        answer = str(field(row, "answer", path))
-        examples.append(make_example(image, str(field(row, "question", path)), [answer], id, meta))
+        examples.append(_example(Entry(path, row, find(f"{field(row, 'imageId', path)}.jpg")), id))
     return examples
+
+
+def _from_hub(root: Path | None, part: str, pictures: bool) -> list[Example]:
+    """The hub has the questions and the pictures in two tables."""
+    asked = list(hub.entries(root, part, False, config=f"{part}_balanced_instructions"))
+    if pictures:
+        table = hub.entries(root, part, True, config=f"{part}_balanced_images")
+        stored = {str(entry["id"]): entry.image for entry in table}
+        for number, entry in enumerate(asked):
+            name = str(entry["imageId"])
+            if name not in stored:
+                raise DataError(f"{entry.where}: {part}_balanced_images has no picture {name}")
+            asked[number] = replace(entry, image=stored[name])
+    return [_example(entry, str(entry["id"])) for entry in asked]
+
+
+def _example(entry: Entry, id: str) -> Example:
+    kinds = entry.row.get("types") or {}
+    meta = {"key": id, "question_type": str(kinds.get("structural", ""))}
+    return make_example(entry.image, str(entry["question"]), [str(entry["answer"])], id, meta)
 
 
 def equal(answer: str, example: Example) -> float:

@@ -1,13 +1,18 @@
-"""What the readers of official layouts share: JSON that must be there and be right, pictures, VQA's pairs."""
+"""What the readers of benchmarks share: entries that must be right, official JSON, pictures, VQA's pairs.
+
+An entry is one row of a benchmark, whether official JSON or the hub's Parquet (see `hub.py`) holds it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm.config import CAPTION_PROMPT
+from vlm.conversation import ImageSource
 from vlm.data.convert.common import first_existing, make_example, read_text
 from vlm.data.example import Example
 from vlm.errors import DataError
@@ -15,7 +20,44 @@ from vlm.eval.scorers import caption_scores
 from vlm.eval.task import Task
 
 COCO_FOLDERS = ("", "images", "val2014", "train2014", "test2015", "val2017", "train2017", "test2017")
+KARPATHY = {"dev": ("val",), "train": ("train", "restval"), "test": ("test",)}
 CAPTION_DECODING = {"num_beams": 3, "max_new_tokens": 32}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a benchmark.
+
+    Attributes:
+        where: its file, and its row where the file has rows; for messages.
+        row: column -> value, without the picture.
+        image: the picture.
+        number: its place in its split, from 0.
+    """
+
+    where: str | Path
+    row: Mapping[str, Any]
+    image: ImageSource
+    number: int = 0
+
+    def __getitem__(self, name: str) -> Any:
+        """A column's value.
+
+        Raises:
+            DataError: the entry has none.
+        """
+        return field(self.row, name, self.where)
+
+    def listed(self, name: str) -> list[Any]:
+        """A column's values.
+
+        Raises:
+            DataError: the entry has none, or no list of them.
+        """
+        found = self[name]
+        if not isinstance(found, list):
+            raise DataError(f"{self.where}: {name!r} is no list: {str(found)[:80]}")
+        return found
 
 
 def load(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, Any]:
@@ -50,18 +92,18 @@ def json_lines(root: Path | None, names: Sequence[str], what: str) -> tuple[Path
     return path, rows
 
 
-def field(row: Any, name: str, path: Path) -> Any:
+def field(row: Any, name: str, where: str | Path) -> Any:
     """`row[name]`.
 
     Raises:
-        DataError: the entry has no such field.
+        DataError: the entry has no such field, or null there.
     """
-    if not isinstance(row, dict) or name not in row:
-        raise DataError(f"{path}: an entry has no {name!r}: {str(row)[:80]}")
+    if not isinstance(row, Mapping) or row.get(name) is None:
+        raise DataError(f"{where}: an entry has no {name!r}: {str(row)[:80]}")
     return row[name]
 
 
-def known(kind: Any, kinds: Sequence[str], id: Any, path: Path) -> str:
+def known(kind: Any, kinds: Sequence[str], id: Any, where: str | Path) -> str:
     """`kind`, if it is one of `kinds`.
 
     Raises:
@@ -69,7 +111,7 @@ def known(kind: Any, kinds: Sequence[str], id: Any, path: Path) -> str:
     """
     if kind not in kinds:
         raise DataError(
-            f"{path}: question {id} has the unknown answer type {kind!r}; known: {', '.join(kinds)}"
+            f"{where}: question {id} has the unknown answer type {kind!r}; known: {', '.join(kinds)}"
         )
     return str(kind)
 
@@ -103,6 +145,47 @@ def coco_names(image_id: int | str, part: str) -> tuple[str, ...]:
     return (f"COCO_{part}2014_{number}", number, f"COCO_test2015_{number}")
 
 
+def annotated(entry: Entry) -> list[str]:
+    """The annotators' answers: the official objects, or texts."""
+    return [
+        each if isinstance(each, str) else str(field(each, "answer", entry.where))
+        for each in entry.listed("answers")
+    ]
+
+
+def chosen_of(entry: Entry, options: str, right: str) -> tuple[list[str], str]:
+    """(the choices, the right one of them) from the columns of the choices and of the right one's number.
+
+    Raises:
+        DataError: there is no right one.
+    """
+    listed, number = entry.listed(options), entry[right]
+    if not isinstance(number, int) or not 0 <= number < len(listed):
+        raise DataError(f"{entry.where}: {right!r} is {number!r} of {len(listed)} choices: {listed}")
+    return listed, listed[number]
+
+
+def vqa_example(entry: Entry) -> Example:
+    """A question with VQA's annotations.
+
+    Raises:
+        DataError: a field is missing, the answer type is unknown.
+    """
+    id = str(entry["question_id"])
+    kind = entry.row.get("answer_type", "other")
+    meta = {
+        "key": id,
+        "question_type": str(entry.row.get("question_type", "")),
+        "answer_type": known(kind, ("yes/no", "number", "other"), id, entry.where),
+    }
+    return make_example(entry.image, str(entry["question"]), annotated(entry), id, meta)
+
+
+def caption_example(image: ImageSource, captions: Iterable[str], key: str, **meta: str) -> Example:
+    """A picture and its captions."""
+    return make_example(image, CAPTION_PROMPT, captions, key, {"key": key, **meta})
+
+
 def vqa_pairs(
     root: Path | None, pictures: bool, questions: Sequence[str], annotations: Sequence[str], part: str
 ) -> list[Example]:
@@ -125,17 +208,9 @@ def vqa_pairs(
         id = field(row, "question_id", question_path)
         if id not in by_id:
             raise DataError(f"{path} has no annotation for question {id}")
-        note = by_id[id]
-        meta = {
-            "key": str(id),
-            "question_type": str(note.get("question_type", "")),
-            "answer_type": known(note.get("answer_type", "other"), ("yes/no", "number", "other"), id, path),
-        }
-        answers = [str(field(each, "answer", path)) for each in field(note, "answers", path)]
+        asks = {"question": field(row, "question", question_path)}
         image = find(*coco_names(field(row, "image_id", question_path), part))
-        examples.append(
-            make_example(image, str(field(row, "question", question_path)), answers, str(id), meta)
-        )
+        examples.append(vqa_example(Entry(path, by_id[id] | asks, image)))
     return examples
 
 
@@ -149,15 +224,14 @@ def karpathy(
     """
     path, found = load(root, [name, f"annotations/{name}", f"karpathy/{name}"], "Karpathy's split")
     find = Pictures(root, folders, pictures)
-    wanted = {"dev": ("val",), "train": ("train", "restval"), "test": ("test",)}[split]
     examples = []
     for row in field(found, "images", path):
-        if field(row, "split", path) in wanted:
+        if field(row, "split", path) in KARPATHY[split]:
             file = str(field(row, "filename", path))
             texts = [str(field(each, "raw", path)).strip() for each in field(row, "sentences", path)]
             key = str(row.get("cocoid", file))
             places = (f"{row['filepath']}/{file}", file) if row.get("filepath") else (file,)
-            examples.append(make_example(find(*places), CAPTION_PROMPT, texts, key, {"key": key}))
+            examples.append(caption_example(find(*places), texts, key))
     return examples
 
 

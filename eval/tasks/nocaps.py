@@ -6,19 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlm.config import CAPTION_PROMPT
-from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval.scorers import breakdown, caption_scores
 from vlm.eval.task import Published, Scores
-from vlm.eval.tasks.layouts import Pictures, caption_task, field, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import Pictures, caption_example, caption_task, field, load
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official file of the validation part, and its pictures."""
+    """The official file of the validation part, and its pictures; or lmms-lab/NoCaps, which lacks the
+    domains."""
+    if hub.holds(root):
+        return [
+            caption_example(
+                entry.image, map(str, entry.listed("annotations_captions")), str(entry["image_id"]), domain=""
+            )
+            for entry in hub.entries(root, split, pictures)
+        ]
     path, found = load(root, ["nocaps_val_4500_captions.json", "nocaps_val.json"], "NoCaps file")
     find = Pictures(root, ("val", "images", "validation", ""), pictures)
     captions: dict[object, list[str]] = {}
@@ -29,9 +36,8 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
         id = field(row, "id", path)
         if id not in captions:
             raise DataError(f"{path}: picture {id} has no caption")
-        meta = {"key": str(id), "domain": str(row.get("domain", ""))}
         image = find(str(field(row, "file_name", path)))
-        examples.append(make_example(image, CAPTION_PROMPT, captions[id], str(id), meta))
+        examples.append(caption_example(image, captions[id], str(id), domain=str(row.get("domain", ""))))
     return examples
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from vlm.data.example import Example
 from vlm.eval.scorers import vqa_scores
 from vlm.eval.task import Published, Task
-from vlm.eval.tasks.layouts import vqa_pairs
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import vqa_example, vqa_pairs
+
+HUB_PARTS = {"train": ("train2014", "train"), "test": ("val2014", "validation", "val")}
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official questions and annotations files; its test part is COCO's val."""
+    """The official questions and annotations files, or lmms-lab/OK-VQA; its test part is COCO's val."""
+    if hub.holds(root):
+        return [vqa_example(entry) for entry in hub.entries(root, split, pictures, names=HUB_PARTS[split])]
     part = "val" if split == "test" else "train"
     questions = f"OpenEnded_mscoco_{part}2014_questions.json"
     return vqa_pairs(root, pictures, [questions], [f"mscoco_{part}2014_annotations.json"], part)

@@ -11,23 +11,30 @@ from vlm.data.example import Example
 from vlm.eval.metrics.answers import pope_answer, pope_metrics
 from vlm.eval.scorers import half, item_scores, neither
 from vlm.eval.task import Published, Scores, Task
-from vlm.eval.tasks.layouts import COCO_FOLDERS, Pictures, field, json_lines, known
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, field, json_lines, known
 
 SETTINGS = ("random", "popular", "adversarial")
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official JSON lines of a setting, and COCO's val2014 pictures."""
+    """The official JSON lines of a setting, and COCO's val2014 pictures; or lmms-lab/POPE."""
+    if hub.holds(root):
+        found = hub.entries(root, split, pictures, names=(split, "test"))
+        return [_example(entry, "question", "answer") for entry in found if entry["category"] == split]
     name = f"coco_pope_{split}.json"
     path, rows = json_lines(root, [name, f"coco/{name}", f"output/coco/{name}"], "POPE file")
     find = Pictures(root, COCO_FOLDERS, pictures)
     examples = []
     for row in rows:
-        id = str(field(row, "question_id", path))
-        label = known(field(row, "label", path), ("yes", "no"), id, path)
-        image = find(str(field(row, "image", path)))
-        examples.append(make_example(image, str(field(row, "text", path)), [label], id))
+        examples.append(_example(Entry(path, row, find(str(field(row, "image", path)))), "text", "label"))
     return examples
+
+
+def _example(entry: Entry, asked: str, said: str) -> Example:
+    id = str(entry["question_id"])
+    label = known(str(entry[said]).strip().lower(), ("yes", "no"), id, entry.where)
+    return make_example(entry.image, str(entry[asked]), [label], id)
 
 
 def _accuracy(answer: str, example: Example) -> float:

@@ -8,14 +8,19 @@ from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
-from vlm.errors import DataError
 from vlm.eval.scorers import choice_chance, choice_scores, chosen, no_choice, options
 from vlm.eval.task import Published, Task, official_id
-from vlm.eval.tasks.layouts import Pictures, field, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import Entry, Pictures, chosen_of, field, load
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """problems.json, and the pictures in images/SPLIT/ID/image.png."""
+    """problems.json, and the pictures in images/SPLIT/ID/image.png; or derek-thomas/ScienceQA.
+
+    The hub's rows have no ids: a problem is known by its place in the part.
+    """
+    if hub.holds(root):
+        return [_example(e, str(e.number)) for e in hub.entries(root, split, pictures, bare=True)]
     part = "val" if split == "dev" else split
     path, problems = load(root, ["problems.json", "data/scienceqa/problems.json"], "ScienceQA file")
     find = Pictures(root, ("images", "data/scienceqa/images", ""), pictures)
@@ -23,16 +28,17 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     for id, row in problems.items():
         if field(row, "split", path) != part or not row.get("image"):
             continue
-        listed, right = field(row, "choices", path), field(row, "answer", path)
-        if not isinstance(right, int) or not 0 <= right < len(listed):
-            raise DataError(f"{path}: problem {id} has no right choice ({right!r} of {len(listed)})")
-        hint = str(row.get("hint") or "").strip()
-        question = str(field(row, "question", path))
-        meta = {"key": id, "options": json.dumps(listed), "question_type": str(row.get("subject", ""))}
         image = find(f"{part}/{id}/{row['image']}", f"{id}/{row['image']}")
-        asked = f"{hint}\n{question}" if hint else question
-        examples.append(make_example(image, asked, [listed[right]], id, meta))
+        examples.append(_example(Entry(path, row, image), id))
     return examples
+
+
+def _example(entry: Entry, id: str) -> Example:
+    listed, right = chosen_of(entry, "choices", "answer")
+    hint = str(entry.row.get("hint") or "").strip()
+    question = str(entry["question"])
+    meta = {"key": id, "options": json.dumps(listed), "question_type": str(entry.row.get("subject", ""))}
+    return make_example(entry.image, f"{hint}\n{question}" if hint else question, [right], id, meta)
 
 
 def submission(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -9,23 +9,26 @@ from vlm.data.example import Example
 from vlm.eval.metrics.answers import anls
 from vlm.eval.scorers import item_scores, normalised, strict
 from vlm.eval.task import Published, Task
-from vlm.eval.tasks.layouts import Pictures, field, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import Entry, Pictures, field, load
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official file, and the pictures in train_images."""
+    """The official file, and the pictures in train_images; or lmms-lab/textvqa."""
+    if hub.holds(root):
+        return [_example(entry) for entry in hub.entries(root, split, pictures)]
     part = "val" if split == "dev" else split
     path, found = load(root, [f"TextVQA_0.5.1_{part}.json"], "TextVQA file")
     find = Pictures(root, ("train_images", "images", "test_images", ""), pictures)
     return [
-        make_example(
-            find(f"{field(row, 'image_id', path)}.jpg"),
-            str(field(row, "question", path)),
-            map(str, field(row, "answers", path)),
-            str(field(row, "question_id", path)),
-        )
+        _example(Entry(path, row, find(f"{field(row, 'image_id', path)}.jpg")))
         for row in field(found, "data", path)
     ]
+
+
+def _example(entry: Entry) -> Example:
+    id = str(entry["question_id"])
+    return make_example(entry.image, str(entry["question"]), map(str, entry.listed("answers")), id)
 
 
 def _anls(answer: str, example: Example) -> float:

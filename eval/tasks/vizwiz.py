@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.eval.scorers import vqa_scores
 from vlm.eval.task import Published, Task
-from vlm.eval.tasks.layouts import Pictures, field, known, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import Entry, Pictures, annotated, field, known, load
 
 TYPES = ("yes/no", "number", "other", "unanswerable")
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official file; an example is known by its picture's name, as in the results format."""
+    """The official file, or lmms-lab/VizWiz-VQA; an example is known by its picture's name, as in the results
+    format."""
+    if hub.holds(root):
+        return [
+            _example(entry, f"{str(entry['question_id']).removesuffix('.jpg')}.jpg", entry["category"])
+            for entry in hub.entries(root, split, pictures)
+        ]
     part = "val" if split == "dev" else split
     path, rows = load(
         root, [f"{part}.json", f"Annotations/{part}.json", f"annotations/{part}.json"], "VizWiz file"
@@ -23,14 +31,17 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     examples = []
     for row in rows:
         name = str(field(row, "image", path))
-        answers = [str(field(each, "answer", path)) for each in field(row, "answers", path)]
-        meta = {
-            "key": name,
-            "answer_type": known(row.get("answer_type", "other"), TYPES, name, path),
-            "confidences": "|".join(str(each.get("answer_confidence", "")) for each in row["answers"]),
-        }
-        examples.append(make_example(find(name), str(field(row, "question", path)), answers, name, meta))
+        examples.append(_example(Entry(path, row, find(name)), name, row.get("answer_type", "other")))
     return examples
+
+
+def _example(entry: Entry, name: str, kind: str) -> Example:
+    answers = annotated(entry)
+    meta = {"key": name, "answer_type": known(kind, TYPES, name, entry.where)}
+    sure = [str(each.get("answer_confidence", "")) for each in entry["answers"] if isinstance(each, Mapping)]
+    if sure:  # the hub's answers are texts alone
+        meta["confidences"] = "|".join(sure)
+    return make_example(entry.image, str(entry["question"]), answers, name, meta)
 
 
 TASKS = (

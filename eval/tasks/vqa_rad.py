@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.eval.scorers import exact, item_scores, uniform_chance
 from vlm.eval.task import Published, Task
-from vlm.eval.tasks.layouts import Pictures, field, known, load
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import Entry, Pictures, field, known, load
 
 FILES = ("VQA_RAD Dataset Public.json", "VQA_RAD_Dataset_Public.json", "trainset.json", "dataset.json")
 FOLDERS = ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "images", "")
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The public file; its test questions are those whose phrase type begins with "test"."""
+    """The public file, whose test questions are those whose phrase type begins with "test"; or
+    flaviagiammarino/vqa-rad."""
+    if hub.holds(root):
+        return [_from_hub(entry) for entry in hub.entries(root, split, pictures)]
     path, rows = load(root, FILES, "VQA-RAD file")
     find = Pictures(root, FOLDERS, pictures)
     examples = []
     for row in rows:
         if str(field(row, "phrase_type", path)).startswith("test") != (split == "test"):
             continue
-        id = str(field(row, "qid", path))
-        kind = known(str(field(row, "answer_type", path)).strip(), ("CLOSED", "OPEN"), id, path)
-        meta = {"key": id, "answer_type": kind.lower(), "question_type": str(row.get("question_type", ""))}
-        image = find(str(field(row, "image_name", path)))
-        answer = str(field(row, "answer", path)).strip().lower()
-        examples.append(make_example(image, str(field(row, "question", path)), [answer], id, meta))
+        examples.append(_example(Entry(path, row, find(str(field(row, "image_name", path))))))
     return examples
+
+
+def _from_hub(entry: Entry) -> Example:
+    """The hub's rows have neither ids nor types: their number is the id, and a question is closed if its
+    answer is yes or no, which is the data set card's definition; of the official closed questions some
+    offer other words."""
+    closed = str(entry["answer"]).strip().lower() in ("yes", "no")
+    supplied = {"qid": entry.number, "answer_type": "CLOSED" if closed else "OPEN"}
+    return _example(replace(entry, row=supplied | dict(entry.row)))
+
+
+def _example(entry: Entry) -> Example:
+    id = str(entry["qid"])
+    kind = known(str(entry["answer_type"]).strip(), ("CLOSED", "OPEN"), id, entry.where)
+    asks = str(entry.row.get("question_type", ""))
+    meta = {"key": id, "answer_type": kind.lower(), "question_type": asks}
+    answer = str(entry["answer"]).strip().lower()
+    return make_example(entry.image, str(entry["question"]), [answer], id, meta)
 
 
 def _of(kind: str, answer: str, example: Example) -> float:

@@ -7,11 +7,14 @@ from pathlib import Path
 from vlm.data.example import Example
 from vlm.eval.scorers import vqa_scores
 from vlm.eval.task import Published, Task
-from vlm.eval.tasks.layouts import vqa_pairs
+from vlm.eval.tasks import hub
+from vlm.eval.tasks.layouts import vqa_example, vqa_pairs
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official questions and annotations files, and the pictures beside them."""
+    """The official questions and annotations files, and the pictures beside them; or lmms-lab/VQAv2."""
+    if hub.holds(root):
+        return [vqa_example(entry) for entry in hub.entries(root, split, pictures)]
     part = "val" if split == "dev" else split
     questions = f"v2_OpenEnded_mscoco_{part}2014_questions.json"
     annotations = f"v2_mscoco_{part}2014_annotations.json"

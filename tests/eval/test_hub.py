@@ -1,0 +1,414 @@
+"""Benchmarks as the hub has them: the same examples as from the official files, whatever holds the rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.errors import DataError, VLMError
+from vlm.eval import tasks
+from vlm.eval.main import main
+from vlm.eval.tasks import hub
+
+pa = pytest.importorskip("pyarrow")
+datasets = pytest.importorskip("datasets")
+
+FIXTURES = Path(__file__).parent / "fixtures"
+Row = dict[str, Any]
+
+
+def read(name: str) -> Any:
+    return json.loads((FIXTURES / name).read_text(encoding="utf-8"))
+
+
+def picture(folder: str, name: str) -> Row:
+    return {"bytes": (FIXTURES / folder / name).read_bytes(), "path": Path(name).name}
+
+
+def coco(folder: str, number: int) -> Row:
+    return picture(folder, f"val2014/COCO_val2014_{number:012d}.jpg")
+
+
+def vqav2() -> list[Row]:
+    said = read("vqav2/v2_mscoco_val2014_annotations.json")["annotations"]
+    asked = read("vqav2/v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
+    notes = {row["question_id"]: row for row in said}
+    return [notes[row["question_id"]] | row | {"image": coco("vqav2", row["image_id"])} for row in asked]
+
+
+def okvqa() -> list[Row]:
+    said = read("okvqa/mscoco_val2014_annotations.json")["annotations"]
+    notes = {row["question_id"]: row for row in said}
+    return [
+        {
+            "question_id": str(row["question_id"]),
+            "image": coco("okvqa", row["image_id"]),
+            "question": row["question"],
+            "answers": [each["answer"] for each in notes[row["question_id"]]["answers"]],
+            "question_type": notes[row["question_id"]]["question_type"],
+            "answer_type": notes[row["question_id"]]["answer_type"],
+        }
+        for row in read("okvqa/OpenEnded_mscoco_val2014_questions.json")["questions"]
+    ]
+
+
+def textvqa() -> list[Row]:
+    rows = read("textvqa/TextVQA_0.5.1_val.json")["data"]
+    return [row | {"image": picture("textvqa", f"train_images/{row['image_id']}.jpg")} for row in rows]
+
+
+def vizwiz() -> list[Row]:
+    return [
+        {
+            "question_id": row["image"].removesuffix(".jpg"),
+            "image": picture("vizwiz", f"val/{row['image']}"),
+            "question": row["question"],
+            "answers": [each["answer"] for each in row["answers"]],
+            "category": row["answer_type"],
+        }
+        for row in read("vizwiz/val.json")
+    ]
+
+
+def aokvqa() -> list[Row]:
+    return [
+        {
+            "image": picture("aokvqa", f"val2017/{row['image_id']:012d}.jpg"),
+            "question_id": row["question_id"],
+            "question": row["question"],
+            "choices": row["choices"],
+            "correct_choice_idx": row["correct_choice_idx"],
+            "direct_answers": str(row["direct_answers"]),
+            "difficult_direct_answer": False,
+            "rationales": row["rationales"],
+        }
+        for row in read("aokvqa/aokvqa_v1p0_val.json")
+    ]
+
+
+def pope(split: str = "popular") -> list[Row]:
+    lines = (FIXTURES / f"pope/coco_pope_{split}.json").read_text(encoding="utf-8").splitlines()
+    return [
+        {
+            "id": str(number),
+            "question_id": str(row["question_id"]),
+            "question": row["text"],
+            "answer": row["label"],
+            "image_source": row["image"].removesuffix(".jpg"),
+            "image": picture("pope", f"val2014/{row['image']}"),
+            "category": split,
+        }
+        for number, row in enumerate(map(json.loads, lines))
+    ]
+
+
+def nocaps() -> list[Row]:
+    found = read("nocaps/nocaps_val_4500_captions.json")
+    said = found["annotations"]
+    return [
+        {
+            "image": picture("nocaps", f"val/{row['file_name']}"),
+            "image_file_name": row["file_name"],
+            "image_id": row["id"],
+            "image_open_images_id": row["open_images_id"],
+            "annotations_captions": [each["caption"] for each in said if each["image_id"] == row["id"]],
+        }
+        for row in found["images"]
+    ]
+
+
+def flickr30k() -> list[Row]:
+    return [
+        {
+            "image": picture("flickr30k", f"flickr30k-images/{row['filename']}"),
+            "caption": [each["raw"] for each in row["sentences"]],
+            "sentids": [str(each["sentid"]) for each in row["sentences"]],
+            "split": row["split"],
+            "img_id": str(row["imgid"]),
+            "filename": row["filename"],
+        }
+        for row in read("flickr30k/dataset_flickr30k.json")["images"]
+    ]
+
+
+def scienceqa() -> list[Row]:
+    rows = []
+    for id, row in read("scienceqa-img/problems.json").items():
+        if row["split"] == "test":
+            path = f"images/test/{id}/{row['image']}"
+            rows.append(row | {"image": picture("scienceqa-img", path) if row["image"] else None})
+    return rows
+
+
+def vqa_rad() -> list[Row]:
+    return [
+        {
+            "image": picture("vqa-rad", f"VQA_RAD Image Folder/{row['image_name']}"),
+            "question": row["question"],
+            "answer": str(row["answer"]),
+        }
+        for row in read("vqa-rad/VQA_RAD Dataset Public.json")
+        if row["phrase_type"].startswith("test")
+    ]
+
+
+def gqa() -> tuple[list[Row], list[Row]]:
+    rows = read("gqa/testdev_balanced_questions.json")
+    names = sorted({row["imageId"] for row in rows.values()})
+    stored = [{"id": name, "image": picture("gqa", f"images/{name}.jpg")} for name in names]
+    return [{"id": id} | row for id, row in rows.items()], stored
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    import pyarrow.parquet as parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+# task, its fixture, its split, the file in the repository, its rows
+CASES: list[tuple[str, str, str, str, Callable[[], list[Row]]]] = [
+    ("vqav2", "vqav2", "dev", "data/validation-00000-of-00001.parquet", vqav2),
+    ("okvqa", "okvqa", "test", "data/val2014-00000-of-00002.parquet", okvqa),
+    ("textvqa", "textvqa", "dev", "data/validation-00000-of-00003.parquet", textvqa),
+    ("vizwiz", "vizwiz", "dev", "data/val-00000-of-00005-7775fd61bc6a3d98.parquet", vizwiz),
+    ("aokvqa", "aokvqa", "dev", "data/validation-00000-of-00001-b2bd0de231b6326a.parquet", aokvqa),
+    ("aokvqa-choice", "aokvqa", "dev", "validation.parquet", aokvqa),
+    ("pope", "pope", "popular", "Full/popular-00000-of-00001.parquet", pope),
+    ("pope", "pope", "popular", "data/test-00000-of-00003.parquet", pope),
+    ("nocaps", "nocaps", "dev", "data/validation-00000-of-00003.parquet", nocaps),
+    ("flickr30k", "flickr30k", "test", "TEST/test/0000.parquet", flickr30k),
+]
+IDS = [f"{case[0]}-{Path(case[3]).name}" for case in CASES]
+UNKNOWN = {"confidences", "domain"}
+"""What the official files say and the hub's do not."""
+
+
+def told(examples: list[Any]) -> list[Any]:
+    return [
+        (e.id, e.turns[-1].text, e.answers, {k: v for k, v in e.meta.items() if k not in UNKNOWN})
+        for e in examples
+    ]
+
+
+@pytest.mark.parametrize(("name", "fixture", "split", "file", "rows"), CASES, ids=IDS)
+def test_the_same_examples_as_from_the_official_files(
+    name: str, fixture: str, split: str, file: str, rows: Callable[[], list[Row]], tmp_path: Path
+) -> None:
+    path = write(tmp_path / file, rows())
+    task = tasks.get(name)
+    official = task.examples(FIXTURES / fixture, split)
+    found = task.examples(tmp_path, split)
+    assert told(found) == told(official)
+    assert [e.images[0] for e in found] == [Path(str(e.images[0])).read_bytes() for e in official]
+    # Words alone: the pictures are not even read.
+    write(path, [{key: value for key, value in row.items() if key != "image"} for row in rows()])
+    assert told(task.examples(tmp_path, split, pictures=False)) == told(official)
+    with pytest.raises(DataError, match=rf"{path.name} row 0 has no column 'image'; it has "):
+        task.examples(tmp_path, split)
+
+
+def test_vizwiz_keeps_confidences_where_they_are(tmp_path: Path) -> None:
+    said = [row["answers"] for row in read("vizwiz/val.json")]
+    rows = [row | {"answers": answers} for row, answers in zip(vizwiz(), said, strict=True)]
+    write(tmp_path / "val.parquet", rows)
+    task = tasks.get("vizwiz")
+    official = [example.meta for example in task.examples(FIXTURES / "vizwiz")]
+    assert [example.meta for example in task.examples(tmp_path / "val.parquet")] == official
+
+
+def test_scienceqa_counts_the_rows_without_picture(tmp_path: Path) -> None:
+    rows = scienceqa()
+    bare = [number for number, row in enumerate(rows) if row["image"] is None]
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
+    task = tasks.get("scienceqa-img")
+    official, found = task.examples(FIXTURES / "scienceqa-img"), task.examples(tmp_path)
+    assert bare
+    assert [e.id for e in found] == [str(n) for n in range(len(rows)) if n not in bare]
+    assert [(e.turns, e.answers, e.meta["options"], e.meta["question_type"]) for e in found] == [
+        (e.turns, e.answers, e.meta["options"], e.meta["question_type"]) for e in official
+    ]
+    assert [e.images[0] for e in found] == [Path(str(e.images[0])).read_bytes() for e in official]
+    assert told(task.examples(tmp_path, pictures=False)) == told(found)
+    write(tmp_path / "ScienceQA-FULL" / "test-00000-of-00001.parquet", rows)
+    with pytest.raises(DataError, match="test part in ScienceQA-FULL, data: name one of the folders"):
+        task.examples(tmp_path)
+
+
+def test_vqa_rad_is_closed_by_its_answers(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "test-00000-of-00001-e5bc3d208bb4deeb.parquet", vqa_rad())
+    task = tasks.get("vqa-rad")
+    official, found = task.examples(FIXTURES / "vqa-rad"), task.examples(tmp_path)
+    assert [e.id for e in found] == [str(n) for n in range(len(official))]
+    assert [(e.turns, e.answers, e.meta["answer_type"]) for e in found] == [
+        (e.turns, e.answers, e.meta["answer_type"]) for e in official
+    ]
+
+
+def test_gqa_joins_its_two_tables(tmp_path: Path) -> None:
+    rows, stored = gqa()
+    write(tmp_path / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
+    task = tasks.get("gqa")
+    official = task.examples(FIXTURES / "gqa")
+    assert told(task.examples(tmp_path, pictures=False)) == told(official)
+    with pytest.raises(DataError, match="no Parquet file in a folder testdev_balanced_images"):
+        task.examples(tmp_path)
+    write(tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", stored)
+    found = task.examples(tmp_path)
+    assert told(found) == told(official)
+    assert [e.images[0] for e in found] == [Path(str(e.images[0])).read_bytes() for e in official]
+    write(tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", stored[1:])
+    with pytest.raises(DataError, match=rf"row 0: testdev_balanced_images has no picture {stored[0]['id']}"):
+        task.examples(tmp_path)
+
+
+def test_pope_takes_a_setting_out_of_the_whole(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "test-00000-of-00002.parquet", [*pope("random"), *pope("popular")[:5]])
+    write(tmp_path / "data" / "test-00001-of-00002.parquet", [*pope("popular")[5:], *pope("adversarial")])
+    for split in ("random", "popular", "adversarial"):
+        official = tasks.get("pope").examples(FIXTURES / "pope", split)
+        assert told(tasks.get("pope").examples(tmp_path, split)) == told(official)
+
+
+def test_features_that_datasets_stores_are_read_too(tmp_path: Path) -> None:
+    rows = vqav2()
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(str(tmp_path / "data" / "validation-00000-of-00001.parquet"))
+    task = tasks.get("vqav2")
+    official = task.examples(FIXTURES / "vqav2")
+    assert told(task.examples(tmp_path)) == told(official)
+    assert told(task.examples(tmp_path, pictures=False)) == told(official)
+    assert task.examples(tmp_path)[3].images[0] == rows[3]["image"]["bytes"]
+
+
+VQA_FILE = "validation-00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "change", "message"),
+    [
+        ("vqav2", vqav2, {"question": None}, r"parquet row 2: an entry has no 'question'"),
+        ("vqav2", vqav2, {"answer_type": "poem"}, r"parquet row 2: question 74002 has the .* type 'poem'"),
+        ("vqav2", vqav2, {"image": None}, r"parquet row 2, column 'image': no picture named"),
+        ("textvqa", textvqa, {"answers": None}, r"parquet row 2: an entry has no 'answers'"),
+        ("vizwiz", vizwiz, {"category": "poem"}, r"row 2: question VizWiz.*\.jpg has the unknown .* 'poem'"),
+        ("aokvqa", aokvqa, {"direct_answers": "['a'"}, r"row 2: 'direct_answers' is no list: \['a'"),
+        ("aokvqa", aokvqa, {"direct_answers": "{'a'}"}, r"row 2: 'direct_answers' is no list"),
+        ("aokvqa", aokvqa, {"correct_choice_idx": 4}, r"row 2: 'correct_choice_idx' is 4 of 4 choices"),
+        ("aokvqa", aokvqa, {"correct_choice_idx": None}, r"row 2: an entry has no 'correct_choice_idx'"),
+        ("nocaps", nocaps, {"annotations_captions": None}, r"row 2: an entry has no 'annotations_captions'"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(
+    name: str, rows: Callable[[], list[Row]], change: Row, message: str, tmp_path: Path
+) -> None:
+    table = rows()
+    table[2] = table[2] | change
+    write(tmp_path / VQA_FILE, table)
+    with pytest.raises(DataError, match=message):
+        tasks.get(name).examples(tmp_path)
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "test.parquet", [{k: v for k, v in row.items() if k != "split"} for row in flickr30k()])
+    with pytest.raises(DataError, match=r"test\.parquet row 0: an entry has no 'split'"):
+        tasks.get("flickr30k").examples(tmp_path)
+    text = [row | {"answers": "stop"} for row in textvqa()]
+    write(tmp_path / VQA_FILE, text)
+    with pytest.raises(DataError, match=r"row 0: 'answers' is no list: stop"):
+        tasks.get("textvqa").examples(tmp_path / VQA_FILE)
+
+
+def test_a_part_that_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "data" / VQA_FILE, vqav2())
+    with pytest.raises(DataError, match=r"has no train part \(train\); its Parquet files are of validation"):
+        tasks.get("vqav2").examples(tmp_path, "train")
+    (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match="cannot be read"):
+        tasks.get("vqav2").examples(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("data/val2014-00000-of-00002.parquet", "val2014"),
+        ("default/validation/0000.parquet", "validation"),
+        ("testdev-00000-of-00001.parquet", "testdev"),
+        ("Test.parquet", "test"),
+    ],
+)
+def test_the_part_of_a_file(file: str, part: str) -> None:
+    assert hub.part_of(Path(file)) == part
+
+
+def test_scores_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "Full" / "random-00000-of-00001.parquet", pope("random"))
+    answers = [{"question_id": row["question_id"], "answer": row["answer"]} for row in pope("random")]
+    (tmp_path / "p.json").write_text(json.dumps(answers), encoding="utf-8")
+    words = ["score", "pope", "--data", str(tmp_path), "--split", "random", "--no-html"]
+    assert main([*words, "--predictions", str(tmp_path / "p.json"), "--out", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["metrics"]["accuracy"] == 100.0
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of `datasets` that holds owner/POPE and owner/GQA as it leaves them, and no network."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    rows, stored = gqa()
+    tables = {
+        "pope/default": ("test", [*pope("random"), *pope("popular")]),
+        "gqa/testdev_balanced_instructions": ("testdev", rows),
+        "gqa/testdev_balanced_images": ("testdev", stored),
+    }
+    cache = tmp_path / "cache"
+    for name, (part, table) in tables.items():
+        file = write(tmp_path / name / f"{part}.parquet", table)
+        set_name, config = name.split("/")
+        builder = Parquet(
+            cache_dir=str(tmp_path / "made"),
+            dataset_name=set_name,
+            config_name=config,
+            data_files={part: [str(file)]},
+        )
+        builder.download_and_prepare(output_dir=str(cache / f"owner___{set_name}" / config / "0.0.0" / "abc"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def test_a_hub_id_offline_is_its_cached_copy(cached: Path) -> None:
+    task = tasks.get("pope")
+    official = task.examples(FIXTURES / "pope", "popular")
+    found = task.examples(Path("owner/pope"), "popular")
+    assert told(found) == told(official)
+    assert [e.images[0] for e in found] == [Path(str(e.images[0])).read_bytes() for e in official]
+    assert told(task.examples(Path("owner/pope"), "popular", pictures=False)) == told(official)
+    with pytest.raises(DataError, match="owner/vqa is no file or folder, and no data set of the hub"):
+        tasks.get("vqav2").examples(Path("owner/vqa"))
+    with pytest.raises(DataError, match="owner/pope has no dev part; it has test"):
+        tasks.get("vqav2").examples(Path("owner/pope"))
+
+
+def test_a_hub_id_with_two_tables(cached: Path) -> None:
+    task = tasks.get("gqa")
+    official = task.examples(FIXTURES / "gqa")
+    found = task.examples(Path("owner/gqa"))
+    assert told(found) == told(official)
+    assert [e.images[0] for e in found] == [Path(str(e.images[0])).read_bytes() for e in official]
+
+
+def test_offline_holds_for_the_data_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (["pope"], ["score", "pope", "--predictions", "p.json"]):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        with pytest.raises(VLMError, match="holds no POPE file"):
+            main([*words, "--data", str(tmp_path), "--offline"])
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
