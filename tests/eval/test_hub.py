@@ -34,26 +34,26 @@ def coco(folder: str, number: int) -> Row:
     return picture(folder, f"val2014/COCO_val2014_{number:012d}.jpg")
 
 
-def vqav2() -> list[Row]:
-    said = read("vqav2/v2_mscoco_val2014_annotations.json")["annotations"]
-    asked = read("vqav2/v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
+def vqa(folder: str, prefix: str) -> list[Row]:
+    said = read(f"{folder}/{prefix}mscoco_val2014_annotations.json")["annotations"]
+    asked = read(f"{folder}/{prefix}OpenEnded_mscoco_val2014_questions.json")["questions"]
     notes = {row["question_id"]: row for row in said}
-    return [notes[row["question_id"]] | row | {"image": coco("vqav2", row["image_id"])} for row in asked]
+    return [notes[row["question_id"]] | row | {"image": coco(folder, row["image_id"])} for row in asked]
+
+
+def vqav2() -> list[Row]:
+    return vqa("vqav2", "v2_")
 
 
 def okvqa() -> list[Row]:
-    said = read("okvqa/mscoco_val2014_annotations.json")["annotations"]
-    notes = {row["question_id"]: row for row in said}
+    kept = ("image", "question", "question_type", "answer_type")
     return [
         {
+            **{key: row[key] for key in kept},
             "question_id": str(row["question_id"]),
-            "image": coco("okvqa", row["image_id"]),
-            "question": row["question"],
-            "answers": [each["answer"] for each in notes[row["question_id"]]["answers"]],
-            "question_type": notes[row["question_id"]]["question_type"],
-            "answer_type": notes[row["question_id"]]["answer_type"],
+            "answers": [each["answer"] for each in row["answers"]],
         }
-        for row in read("okvqa/OpenEnded_mscoco_val2014_questions.json")["questions"]
+        for row in vqa("okvqa", "")
     ]
 
 
@@ -78,14 +78,9 @@ def vizwiz() -> list[Row]:
 def aokvqa() -> list[Row]:
     return [
         {
+            **{key: value for key, value in row.items() if key not in ("split", "image_id")},
             "image": picture("aokvqa", f"val2017/{row['image_id']:012d}.jpg"),
-            "question_id": row["question_id"],
-            "question": row["question"],
-            "choices": row["choices"],
-            "correct_choice_idx": row["correct_choice_idx"],
             "direct_answers": str(row["direct_answers"]),
-            "difficult_direct_answer": False,
-            "rationales": row["rationales"],
         }
         for row in read("aokvqa/aokvqa_v1p0_val.json")
     ]
@@ -335,17 +330,10 @@ def test_a_part_that_is_not_there(tmp_path: Path) -> None:
         tasks.get("vqav2").examples(tmp_path, "train")
 
 
-@pytest.mark.parametrize(
-    ("file", "part"),
-    [
-        ("data/val2014-00000-of-00002.parquet", "val2014"),
-        ("default/validation/0000.parquet", "validation"),
-        ("testdev-00000-of-00001.parquet", "testdev"),
-        ("Test.parquet", "test"),
-    ],
-)
-def test_the_part_of_a_file(file: str, part: str) -> None:
-    assert hub.part_of(Path(file)) == part
+def test_the_part_of_a_file() -> None:
+    names = ("data/val2014-00000-of-00002", "default/validation/0000", "testdev-00000-of-00001", "Test")
+    parts = [hub.part_of(Path(f"{name}.parquet")) for name in names]
+    assert parts == ["val2014", "validation", "testdev", "test"]
 
 
 def test_scores_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
