@@ -1,7 +1,7 @@
 """From examples to training rows: everything said of one picture goes into one row.
 
 What an epoch shows (which captions, which questions, mirrored or not) is a function of the seed, the
-epoch and the picture's content alone: neither the number of workers, nor the order of work, nor the place
+epoch and the picture's content alone: neither the number of processes, nor the order of work, nor the place
 where the data lies changes it.
 """
 
