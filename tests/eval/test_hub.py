@@ -108,9 +108,7 @@ def nocaps() -> list[Row]:
     return [
         {
             "image": picture("nocaps", f"val/{row['file_name']}"),
-            "image_file_name": row["file_name"],
             "image_id": row["id"],
-            "image_open_images_id": row["open_images_id"],
             "annotations_captions": [each["caption"] for each in said if each["image_id"] == row["id"]],
         }
         for row in found["images"]
@@ -122,9 +120,7 @@ def flickr30k() -> list[Row]:
         {
             "image": picture("flickr30k", f"flickr30k-images/{row['filename']}"),
             "caption": [each["raw"] for each in row["sentences"]],
-            "sentids": [str(each["sentid"]) for each in row["sentences"]],
             "split": row["split"],
-            "img_id": str(row["imgid"]),
             "filename": row["filename"],
         }
         for row in read("flickr30k/dataset_flickr30k.json")["images"]
