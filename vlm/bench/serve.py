@@ -50,7 +50,7 @@ late, and connections that are made anew before the old ones are closed.
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer: its status, its text and its tokens with their log-probabilities."""
+    """One answer: its status (0: the connection broke), its text and its tokens with their log-probabilities."""
 
     status: int
     text: str = ""
@@ -129,10 +129,17 @@ def running_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 def ask(client: Any, body: dict[str, Any], retries: int = 1000) -> tuple[Reply, int]:
     """One answer and how many times the server said 429 before it."""
+    import httpx
+
     refused = 0
-    while (reply := client.post("/v1/chat/completions", json=body)).status_code == 429 and refused < retries:
-        refused += 1
-        time.sleep(float(reply.headers["retry-after"]) * (0.5 + random.random()))
+    try:
+        reply = client.post("/v1/chat/completions", json=body)
+        while reply.status_code == 429 and refused < retries:
+            refused += 1
+            time.sleep(float(reply.headers["retry-after"]) * (0.5 + random.random()))
+            reply = client.post("/v1/chat/completions", json=body)
+    except httpx.TransportError:
+        return Reply(0), refused
     if reply.status_code != 200:
         return Reply(reply.status_code), refused
     choice = reply.json()["choices"][0]
