@@ -50,7 +50,7 @@ late, and connections that are made anew before the old ones are closed.
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer: its status (0: the connection broke), its text and its tokens with their log-probabilities."""
+    """One answer: its status (0: the connection broke), text, and tokens with their log-probabilities."""
 
     status: int
     text: str = ""
