@@ -42,7 +42,8 @@ bench: $(VENV)/.all $(VENV)/.weights
 	$(BIN)/vlm bench serve speedup
 
 model: $(VENV)/.weights
-	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/default
+	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/flamingo
+	$(BIN)/vlm train flickr8k-cider data=$(DATA) start=runs/flamingo out=runs/default
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,10 +18,10 @@ from vlm.checkpoint import adapter_folder, read_config, replace_files
 from vlm.errors import DataError
 from vlm.options import make_parser
 from vlm.train import wins
-from vlm.train.curve import smoothed
+from vlm.train.curve import draw_risk, smoothed
 from vlm.train.preflight import duration
 from vlm.train.recipe import FREE
-from vlm.train.record import CURVE, RUN, read_log
+from vlm.train.record import CURVE, RISK, RUN, read_log
 from vlm.weights import PINS
 
 DATA_LICENCES = {
@@ -55,16 +55,24 @@ def main(argv: list[str]) -> int:
 
 
 def write_card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> None:
-    """Writes README.md into an adapter's folder.
+    """Writes README.md, and the risk-coverage curve of the reports that have one, into an adapter's folder.
 
     Raises:
         WeightsError: the folder holds no adapter, or cannot be written.
         DataError: a report cannot be read.
     """
-    replace_files(out, {"README.md": card(out, reports, failures).encode()})
+    read = [_read(path) for path in reports]
+    if drawn := _calibrated(read):
+        draw_risk(drawn, out / RISK)
+    replace_files(out, {"README.md": card(out, read, failures).encode()})
 
 
-def card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> str:
+def _calibrated(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reports on answers that are right or wrong; a caption is neither."""
+    return [found for found in reports if found.get("calibration") and "cider" not in found["metrics"]]
+
+
+def card(out: Path, reports: Sequence[dict[str, Any]] = (), failures: str = "") -> str:
     """The card's text."""
     config = read_config(out)
     facts = read_facts(out)
@@ -77,7 +85,8 @@ def card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> str:
         _curve(out),
         _data(facts, recipe) if facts else "",
         _preferences(out),
-        _scores([_read(path) for path in reports]),
+        _scores(reports),
+        _risk(config, reports),
         _frozen(out, config),
         _limits(failures),
         _recipe(recipe) if recipe else "",
@@ -206,6 +215,22 @@ def _scores(reports: Sequence[dict[str, Any]]) -> str:
             + f"Adapter file: `{found['hashes'].get('adapter', '')[:16]}`.\n"
         )
     return "\n".join(parts)
+
+
+def _risk(config: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
+    if not _calibrated(reports):
+        return ""
+    text = (
+        f"### Answering only where it is sure\n\n![Score of the surest answers over their share]({RISK})\n\n"
+        "Every answer has a confidence; the surest are right more often (El-Yaniv and Wiener 2010)."
+    )
+    if fitted := config.get("abstain"):
+        text += (
+            f" With `--abstain` it answers at a confidence of {fitted['threshold']:.2f} or more: "
+            f"{100 * fitted['coverage']:.0f} % of the questions of {fitted['task']}, {fitted['split']}, "
+            f"{100 * fitted['accuracy']:.0f} % of them right."
+        )
+    return text
 
 
 def _decoding(options: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The loss as a picture: over the steps of a run, over the sizes of a ladder, over learning rates."""
+"""Curves as pictures: the loss over steps, sizes and learning rates; answers right over answers given."""
 
 from __future__ import annotations
 
@@ -89,6 +89,19 @@ def draw_sweep(report: Mapping[str, Any], path: Path) -> None:
     title = f"muP from width {base}" if base else "without muP"
     plot.set(xscale="log", xlabel="learning rate", ylabel=LOSS, title=title)
     plot.legend()
+    _save(figure, path)
+
+
+def draw_risk(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the score of the surest answers over their share, a line for each report with a calibration."""
+    figure, plot = _canvas()
+    for report in reports:
+        shares, scores = zip(*report["calibration"]["risk"], strict=True)
+        plot.plot(shares, scores, "o-", label=f"{report['task']}: {report['main_metric']}")
+    plot.set(
+        xlabel="share answered, %", ylabel="score of the surest answers, %", xlim=(0, 102), ylim=(0, 102)
+    )
+    plot.legend(loc="lower left")
     _save(figure, path)
 
 

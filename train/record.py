@@ -27,6 +27,7 @@ from vlm.train.screen import Screen
 LOG = "log.jsonl"
 RUN = "run.json"
 CURVE = "curve.png"
+RISK = "risk.png"
 REDRAW = 60.0
 """Seconds between two drawings of the curve while a run goes on."""
 

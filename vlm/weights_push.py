@@ -13,7 +13,7 @@ from pathlib import Path
 from vlm.errors import WeightsError
 from vlm.weights_hub import ADAPTER_FILES, REPOSITORY, hub_failures, reason_of
 
-RUN_FILES = ["run.json", "curve.png"]
+RUN_FILES = ["run.json", "curve.png", "risk.png"]
 """What a run leaves that its card shows or is filled from."""
 
 

@@ -21,7 +21,7 @@ from vlm.weights_push import RUN_FILES, push
 
 ROOT = Path(__file__).resolve().parents[2]
 READER = "hf_reader"
-PUSHED = {"adapter.safetensors", "config.json", "README.md", "run.json", "curve.png"}
+PUSHED = {"adapter.safetensors", "config.json", "README.md", "run.json", "curve.png", "risk.png"}
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def adapter(make_tiny: Callable[..., Any], tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "mine"
     save_adapter(make_tiny(), folder, card="---\nlicense: apache-2.0\n---\n\n# Mine\n")
     (folder / "run.json").write_text('{"steps_done": 6}\n')
-    (folder / "curve.png").write_bytes(b"\x89PNG\r\n" + bytes(range(256)))
+    for name in ("curve.png", "risk.png"):
+        (folder / name).write_bytes(b"\x89PNG\r\n" + bytes(range(256)))
     for name in ("state/step-00000006/state.safetensors", "events/run.1", "features/data.mdb", "log.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"not for others")
@@ -132,9 +133,9 @@ def test_a_branch(hub: Any, adapter: Path) -> None:
 
 
 def test_names_are_those_of_a_run() -> None:
-    from vlm.train.record import CURVE, RUN
+    from vlm.train.record import CURVE, RISK, RUN
 
-    assert RUN_FILES == [RUN, CURVE]
+    assert RUN_FILES == [RUN, CURVE, RISK]
 
 
 # --- what can be wrong --------------------------------------------------------------------------------
