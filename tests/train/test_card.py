@@ -1,4 +1,4 @@
-"""The model card says what the reports hold, draws what can be drawn of them, and refuses what is no report."""
+"""The model card says what the reports hold, draws what can be drawn of them, refuses what is no report."""
 
 from __future__ import annotations
 
