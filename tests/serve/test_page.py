@@ -324,9 +324,17 @@ def test_a_key_is_asked_for(visit: Any, start: Any, tmp_path_factory: pytest.Tem
     expect(page.locator("#key-form")).to_be_visible()
     page.fill("#key", "wrong")
     page.press("#key", "Enter")
-    expect(page.locator("#key-form")).to_be_visible()
-    page.fill("#key", key)
-    page.press("#key", "Enter")
+    expect(page.locator("#key-note")).to_have_text("That key does not open this server.")
+    # A wrong key whose refusal comes only after the right one was let in.
+    late: list[Any] = []
+    page.route("**/v1/page", lambda route: route.continue_() if late else late.append(route))
+    for typed in ("wrong again", key):
+        page.fill("#key", typed)
+        page.press("#key", "Enter")
+    expect(page.locator("#key-form")).to_be_hidden()
+    with page.expect_response(lambda response: response.status == 401):
+        late[0].continue_()
+    page.wait_for_timeout(300)
     expect(page.locator("#key-form")).to_be_hidden()
     expect(page.locator("#model")).to_have_text("model")
     locked.stop()

@@ -13,10 +13,12 @@ const SAMPLES = [
   { file: "rocket.jpg", name: "A rocket", question: "Describe the picture." },
 ];
 
+const WRONG_KEY = "That key does not open this server.";
 let config = { model: "", feedback: false, attention: false, max_images: 8, max_text: 32000 };
 let messages = [];
 let pending = [];
 let running = null;
+let attempts = 0;
 
 const say = (text) => ($("#status").textContent = text);
 const trouble = (text) => ($("#trouble").textContent = text);
@@ -157,7 +159,7 @@ function finish(turn, asked, text, problem) {
   if (problem) {
     note.textContent = stopped ? "Stopped." : problem.message;
     note.hidden = false;
-    if (problem instanceof ApiError && problem.status === 401) askForKey("That key does not open this server.");
+    if (problem instanceof ApiError && problem.status === 401) askForKey(WRONG_KEY);
   }
   const whole = !problem || (stopped && text);
   // A question that failed leaves the conversation, so that what was wrong with it does not spoil the next.
@@ -267,13 +269,18 @@ function askForKey(note) {
   $("#key").focus();
 }
 
+// Of several attempts, as when a second key is typed before the first is refused, the last one counts.
 async function connect() {
+  const attempt = ++attempts;
   try {
-    config = { ...config, ...(await settings()) };
+    const found = await settings();
+    if (attempt !== attempts) return;
+    config = { ...config, ...found };
     $("#model").textContent = config.model;
     $("#key-form").hidden = true;
   } catch (problem) {
-    if (problem.status === 401) askForKey();
+    if (attempt !== attempts) return;
+    if (problem.status === 401) askForKey(attempt > 1 ? WRONG_KEY : "");
     else trouble(problem.message);
   }
 }
