@@ -95,9 +95,9 @@ def sample_captions(
     end, banned = model.language.frame.end, list(model.language.added_ids)
     state, logits = DecoderState.prefill(model, rows, features)
     said: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in rows]
-    state, _, _ = state.keep([[0] * samples] * len(rows))
+    state.follow(torch.zeros(len(rows), samples, dtype=torch.long, device=logits.device))
     logits = logits.expand(-1, samples, -1)
-    going = [(row, list(range(samples))) for row in range(len(rows))]  # row after row, the samples that go on
+    going = said  # row after row, the samples that go on
     for _ in range(longest):
         likely = (logits / temperature).softmax(dim=-1)
         likely[..., banned] = 0
@@ -106,17 +106,13 @@ def sample_captions(
         drawn = torch.rand_like(reached[..., -1:]) * reached[..., -1:]
         chosen = torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=likely.shape[-1] - 1)
         branches: list[list[int]] = []
-        for (row, numbers), tokens in zip(going, chosen.tolist(), strict=True):
-            for number, token in zip(numbers, tokens, strict=False):  # what a row repeats is not listened to
-                said[row][number].append(token)
-            branches.append([k for k in range(len(numbers)) if tokens[k] != end])
+        for texts, tokens in zip(going, chosen.tolist(), strict=True):
+            for text, token in zip(texts, tokens, strict=False):  # what a row repeats is not listened to
+                text.append(token)
+            branches.append([k for k in range(len(texts)) if tokens[k] != end])
         if not any(branches):
             break
-        going = [
-            (row, [numbers[k] for k in kept])
-            for (row, numbers), kept in zip(going, branches, strict=True)
-            if kept
-        ]
+        going = [[texts[k] for k in kept] for texts, kept in zip(going, branches, strict=True) if kept]
         state, places, parents = state.keep(branches)
         logits = state.advance(chosen[places].gather(1, parents))
     return said

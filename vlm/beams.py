@@ -107,15 +107,14 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     for length in itertools.count(1):
         parents, tokens, totals = _extend(logits, totals, [beams[i] for i in active], banned, end)
         left.update(zip(active, totals.tolist(), strict=True))
-        staying = [i for i, p in enumerate(active) if not beams[p].done and length < limits[p]]
-        if not staying:
+        staying = [not beams[p].done and length < limits[p] for p in active]
+        if not any(staying):
             break
-        if len(staying) < len(active):
-            keep = torch.tensor(staying, device=logits.device)
-            parents, tokens, totals = parents[keep], tokens[keep], totals[keep]
-            state, active = state.select(keep), [active[i] for i in staying]
-        state.follow(parents)
-        logits = state.advance(tokens)
+        active = [p for p, stays in zip(active, staying, strict=True) if stays]
+        going = [kept if stays else [] for kept, stays in zip(parents, staying, strict=True)]
+        state, rows, _ = state.keep(going)
+        totals = totals[rows]
+        logits = state.advance(tokens[rows])
     writers = []
     for number, prompt in enumerate(beams):
         _, ids, logprobs = prompt.best(left[number])
@@ -131,8 +130,8 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
 
 def _extend(
     logits: Tensor, totals: Tensor, beams: list[_Beams], banned: Tensor, end: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every prompt: (P, K) beams to go on from, (P, K) tokens, (P, K) new totals.
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """One step of every prompt: P lists of K beams to go on from, (P, K) tokens, (P, K) new totals.
 
     Args:
         logits: (P, K', V) of the next token, for the beams so far; overwritten.
@@ -150,9 +149,9 @@ def _extend(
     best, where = summed.topk(min(2 * size + 1, summed.shape[-1]), dim=-1)
     columns = (best, where // count, ids.flatten(1).gather(1, where), likely.flatten(1).gather(1, where))
     candidates = zip(*(column.tolist() for column in columns), strict=True)
-    parents, tokens = where.new_zeros(len(beams), size), where.new_full((len(beams), size), end)
+    parents, tokens = [[0] * size for _ in beams], where.new_full((len(beams), size), end)
     fresh = totals.new_full((len(beams), size), float("-inf"))
     for p, (beam, found) in enumerate(zip(beams, candidates, strict=True)):
         for k, (parent, token, total) in enumerate(beam.take(list(zip(*found, strict=True)), end)):
-            parents[p, k], tokens[p, k], fresh[p, k] = parent, token, total
+            parents[p][k], tokens[p, k], fresh[p, k] = parent, token, total
     return parents, tokens, fresh

@@ -138,10 +138,12 @@ class DecoderState:
     def join(self, other: DecoderState) -> DecoderState:
         """These rows, then the other's; where one has fewer branches, its last one is repeated."""
         longest = max(self.seen.shape[2], other.seen.shape[2])
-        for state, wide in ((self, other.positions.shape[1]), (other, self.positions.shape[1])):
-            branches = list(range(state.positions.shape[1]))
-            if len(branches) < wide:
-                state.keep([branches + branches[-1:] * (wide - len(branches))] * len(state))
+        wide = max(self.positions.shape[1], other.positions.shape[1])
+        for state in (self, other):
+            rows, branches = state.positions.shape
+            if branches < wide:
+                each = torch.arange(wide, device=state.positions.device).clamp(max=branches - 1)
+                state.follow(each.expand(rows, -1))
 
         def both(mine: Tensor, theirs: Tensor) -> Tensor:
             """Under one another, (B, ., S, ...) or (B, ., S), padded on the left of S."""
