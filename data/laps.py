@@ -17,7 +17,7 @@ from vlm.data.readers import shards_in
 from vlm.data.rows import BadRow
 from vlm.data.shards import Part, Shard, expand, parts_of
 from vlm.data.splits import canonical_split
-from vlm.data.streams import file_rows, guarded, hub_part
+from vlm.data.streams import file_rows, guarded, hub_name, hub_part
 from vlm.data.tables import to_examples
 from vlm.errors import DataError
 
@@ -115,8 +115,8 @@ def _shard_files(source: str, split: str) -> tuple[str, list[str]]:
             return found[0], [str(file) for file in found[1]]
     elif kind:
         return kind, expand(source if "://" in source else str(path))
-    elif source.removeprefix("hub:").count("/") == 1 and not path.exists():
-        _, kind, _, urls = hub_part(source.removeprefix("hub:"), split)
+    elif (name := hub_name(source)) is not None:
+        _, kind, _, urls = hub_part(name, split)
         if kind in KINDS.values():
             return kind, urls
     raise DataError(f"{source} is not in shards (Parquet files or WebDataset tars): it cannot be streamed")
