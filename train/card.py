@@ -62,9 +62,10 @@ def write_card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> N
         DataError: a report cannot be read.
     """
     read = [_read(path) for path in reports]
+    files = {"README.md": card(out, read, failures).encode()}
     if drawn := _calibrated(read):
-        draw_risk(drawn, out / RISK)
-    replace_files(out, {"README.md": card(out, read, failures).encode()})
+        files[RISK] = draw_risk(drawn)
+    replace_files(out, files)
 
 
 def _calibrated(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def draw_sweep(report: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_risk(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the score of the surest answers over their share, a line for each report with a calibration."""
+def draw_risk(reports: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG of the score of the surest answers over their share, a line for each calibrated report."""
     figure, plot = _canvas()
     for report in reports:
         shares, scores = zip(*report["calibration"]["risk"], strict=True)
@@ -102,7 +103,9 @@ def draw_risk(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
         xlabel="share answered, %", ylabel="score of the surest answers, %", xlim=(0, 102), ylim=(0, 102)
     )
     plot.legend(loc="lower left")
-    _save(figure, path)
+    picture = BytesIO()
+    _save(figure, picture)
+    return picture.getvalue()
 
 
 def _canvas() -> tuple[Any, Any]:
@@ -118,5 +121,5 @@ def _canvas() -> tuple[Any, Any]:
     return figure, plot
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path | BytesIO) -> None:
     figure.savefig(path, format="png", dpi=110)
