@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.conversation import ImageSource
+from vlm.conversation import ImageSource, Turn
 from vlm.data.example import Example
+from vlm.data.mirror import mirrored, says_sides
 from vlm.data.rows import BadRow
 from vlm.errors import DataError
 
 if TYPE_CHECKING:
     from vlm.language import LanguageModel
     from vlm.processor import Processor, Row, Tokens
-
-_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,31 @@ class Pair:
     answer: str
     weight: float
 
+    @property
+    def sided(self) -> bool:
+        """Whether a left or a right stands in its words."""
+        return says_sides(self.answer) or any(says_sides(turn.text) for turn in self.example.turns)
+
+    def mirrored(self) -> Pair | None:
+        """What is true of the mirrored picture; None where that cannot be told.
+
+        "The left picture" of several stays where it is: with sides, only a single picture has a mirror image.
+        """
+        if not self.sided:
+            return self
+        turns = [_mirrored_turn(turn) for turn in self.example.turns]
+        answer = mirrored(self.answer)
+        if answer is None or None in turns or len(self.example.images) > 1:
+            return None
+        told = tuple(turn for turn in turns if turn is not None)
+        return replace(self, example=replace(self.example, turns=told), answer=answer)
+
+
+def _mirrored_turn(turn: Turn) -> Turn | None:
+    parts = [mirrored(part) if isinstance(part, str) else part for part in turn.parts]
+    known = tuple(part for part in parts if part is not None)
+    return Turn(turn.role, known) if len(known) == len(parts) else None
+
 
 @dataclass
 class Group:
@@ -76,9 +99,19 @@ class Group:
 
     @cached_property
     def mirrors(self) -> bool:
-        """Whether the mirrored pictures fit the words too: none of them says left or right."""
-        texts = (f"{p.example.turns[-1].text} {p.answer}" for pairs in self.by_source for p in pairs)
-        return not any(_SIDES.search(text) for text in texts)
+        """Whether everything that is said can be said of the mirrored pictures too."""
+        return all(pair.mirrored() is not None for pairs in self.by_source for pair in pairs)
+
+    @cached_property
+    def sided(self) -> bool:
+        """Whether anything that is said has a left or a right in it."""
+        return any(pair.sided for pairs in self.by_source for pair in pairs)
+
+    def seen(self, pairs: Sequence[Pair], view: str) -> list[Pair]:
+        """Pairs of this group as they are true of a view of its pictures."""
+        if view != "flip":
+            return list(pairs)
+        return [turned for pair in pairs if (turned := pair.mirrored()) is not None]
 
     def draw(self, seed: int, epoch: int) -> list[Pair]:
         """This epoch's pairs, in a fixed order."""
@@ -170,10 +203,11 @@ def batches_from(
 
 
 def told_of(
-    group: Group, processor: Processor, seed: int, epoch: int, hints: Sequence[str] = ()
+    group: Group, processor: Processor, seed: int, epoch: int, hints: Sequence[str] = (), view: str = "whole"
 ) -> list[tuple[Tokens, float]]:
-    """What a group tells in one epoch, as the model reads it, with its weight in the loss."""
-    drawn = group.draw(seed, epoch)
+    """What a group tells in one epoch of a view of its pictures, as the model reads it, with its weight in
+    the loss."""
+    drawn = group.seen(group.draw(seed, epoch), view)
     return [(processor.tokens(pair.example, pair.answer, hints), pair.weight) for pair in drawn]
 
 

@@ -295,11 +295,13 @@ class Trainer:
         return sum(weight for row in part.rows for _, _, weight in row.labels)
 
     def view(self, group: Group, epoch: int) -> str:
-        """How an epoch shows a group's pictures."""
-        mirrored = (
-            group.mirrors and seeded(self.config.seed, epoch, group.key, "view").random() < self.config.flip
-        )
-        return "flip" if mirrored else "whole"
+        """How an epoch shows a group's pictures.
+
+        Rewards compare with the captions as they were written: where these say left or right, unmirrored.
+        """
+        mirrors = group.mirrors and not (group.sided and self.reward is not None)
+        chance = seeded(self.config.seed, epoch, group.key, "view")
+        return "flip" if mirrors and chance.random() < self.config.flip else "whole"
 
     def prepare(self, groups: Sequence[Group], epoch: int) -> Part:
         """A micro-batch of an epoch's drawing."""
@@ -311,7 +313,7 @@ class Trainer:
             view = self.view(group, epoch)
             seen.append(self.store(group, view))
             hints.append(drawn_hints(group, view, epoch, self.groups, self.store, config))
-            pairs = told_of(group, processor, config.seed, epoch, hints[-1])
+            pairs = told_of(group, processor, config.seed, epoch, hints[-1], view)
             told.append(pairs + naming(group, view, epoch, hints[-1], self.store, processor, config))
         reward = 0.0
         if self.reward is not None:

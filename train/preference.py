@@ -97,7 +97,7 @@ class PreferenceTrainer(Trainer):
         """A pair's row and the features of its images."""
         processor = self.model.processor
         hints = hint_texts(self.store.labels(group, view))
-        pairs = [source[number] for source in group.by_source]
+        pairs = group.seen([source[number] for source in group.by_source], view)
         tokens = [processor.tokens(pair.example, pair.answer, hints) for pair in pairs]
         row = processor.row(tokens, (1.0, -1.0))
         return row, self.store(group, view)[row.tokens.images]

@@ -25,10 +25,10 @@ from vlm.train.mup import Scale
 
 _SMALL = (
     "a an and are as at be by for from has have her his in into is it its of on or that the their them there "
-    "these they this to up while who with yes no"
+    "these they this to up while who with yes no left right"
 )
 SMALL = frozenset(_SMALL.split())
-"""Words that say nothing of a picture."""
+"""Words that say nothing of a picture, or (left, right) not the same of its mirror image."""
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
 
