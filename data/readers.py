@@ -11,6 +11,7 @@ a public set's download folder                                                  
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ def _file(path: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadR
 def _part_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
     """Those of a folder's shards that are named after the split ("train-00000.parquet"), if any are."""
     named = {
-        part: [f for f in files if f.name.lower().startswith(names)] for part, names in PART_FOLDERS.items()
+        part: [f for f in files if re.match(f"(?:{'|'.join(names)})(?:set)?(?![a-z])", f.name.lower())]
+        for part, names in PART_FOLDERS.items()
     }
     if not any(named.values()):
         return files, False

@@ -145,8 +145,8 @@ class TrainConfig:
     holdout_captions: str = ""
     """A captioned data set that 100 pictures are described of before and after (objective `preference`)."""
     flip: float = 0.5
-    """Share of pictures seen mirrored; left and right in their words then change places, where these are surely
-    sides, and otherwise the picture stays as it is."""
+    """Share of pictures seen mirrored, left and right in their words exchanged (never those where a left or
+    right may be no side)."""
     smoothing: float = 0.0
     """Label smoothing."""
     precision: str = "float32"

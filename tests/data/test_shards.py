@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from vlm.data.example import Example
 from vlm.data.laps import Laps, Place, find_laps
-from vlm.data.readers import read_source
+from vlm.data.readers import read_source, shards_in
 from vlm.data.rows import BadRow
 from vlm.data.shards import expand, parts_of
 from vlm.errors import ConfigError, DataError
@@ -36,6 +36,22 @@ START = Place()
 
 def lap_of(laps: Laps, place: Place = START) -> list[tuple[Place, str]]:
     return [(after, said(found)[0]) for after, found in laps.rows(place)]
+
+
+# --- which files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "wanted"),
+    [("train", ["train-0", "trainset"]), ("dev", ["val"]), ("test", ["test_1"])],
+)
+def test_files_are_named_after_their_part(split: str, wanted: list[str], tmp_path: Path) -> None:
+    for name in ("train-0", "trainset", "val", "valuable", "test_1", "testdev-0", "trainer"):
+        (tmp_path / f"{name}.parquet").touch()
+    found = shards_in(tmp_path, split)
+    assert found is not None
+    kind, files, named = found
+    assert (kind, [file.stem for file in files], named) == ("parquet", wanted, True)
 
 
 # --- who reads what -----------------------------------------------------------------------------------
