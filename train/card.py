@@ -21,7 +21,7 @@ from vlm.train import wins
 from vlm.train.curve import draw_risk, smoothed
 from vlm.train.preflight import duration
 from vlm.train.recipe import FREE
-from vlm.train.record import CURVE, RISK, RUN, read_log
+from vlm.train.record import CURVE, RISK, RUN, read_dev, read_log
 from vlm.weights import PINS
 
 DATA_LICENCES = {
@@ -82,7 +82,7 @@ def card(out: Path, reports: Sequence[dict[str, Any]] = (), failures: str = "") 
         recipe = {**recipe, "model": facts["model"]}  # the sizes of the adapter that it started from
     parts = [
         _head(out, config, recipe),
-        _training(facts, read_log(out)) if facts else "",
+        _training(facts, read_log(out), read_dev(out)) if facts else "",
         _curve(out),
         _data(facts, recipe) if facts else "",
         _preferences(out),
@@ -117,7 +117,7 @@ def _head(out: Path, config: dict[str, Any], recipe: dict[str, Any]) -> str:
     return card_head(out, config, made, recipe.get("note", ""))
 
 
-def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
+def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]], dev: dict[str, Any] | None = None) -> str:
     recipe, plan, machine = facts["recipe"], facts["preflight"], facts["machine"]
     per = _COUNTED.get(recipe["objective"], "token")
     losses = smoothed([row["loss"] for row in log if row["loss"] is not None])
@@ -131,6 +131,7 @@ def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
             f"{facts.get('peak_memory', 0) / 1e9:.1f} GB at most; predicted {plan['memory'] / 1e9:.1f} GB",
         ),
         ("loss", f"{losses[-1]:.3f} nats per {per} (moving average at the end)" if losses else "-"),
+        *([("loss of pictures set aside", _dev_loss(dev))] if dev else []),
         ("steps skipped for a loss that was no number", facts.get("skipped", 0)),
         ("started from", Path(recipe["start"]).name or "fresh weights"),
         ("objective", recipe["objective"]),
@@ -147,6 +148,10 @@ def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
         ("date", facts["date"]),
     ]
     return "## Training\n\n" + table(("", ""), rows)
+
+
+def _dev_loss(dev: dict[str, Any]) -> str:
+    return f"{dev['loss']:.3f} nats per token, {dev['pictures']} pictures"
 
 
 def _curve(out: Path) -> str:

@@ -7,7 +7,6 @@ can be compared by one number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +25,9 @@ from vlm.train.holdout import write_report
 from vlm.train.loop import Trainer
 from vlm.train.prepare import FeatureStore, groups_of, read_sources
 from vlm.train.recipe import identity
+from vlm.train.record import DEV
 from vlm.train.screen import Screen
 
-FILE = "dev.json"
 SALT = "dev"
 SEED = 0
 """Of what is asked about the pictures set aside, whatever the run's own seed."""
@@ -94,7 +93,7 @@ class Dev:
             "recipe": identity(trainer.config),
         }
         if trainer.processes.main:
-            write_report(Path(trainer.config.out) / FILE, found)
+            write_report(Path(trainer.config.out) / DEV, found)
         return found
 
 
@@ -140,21 +139,3 @@ def dev_loss(trainer: Trainer, groups: Sequence[Group], store: FeatureStore) -> 
     if not weight:
         raise DataError("nothing is said of the pictures that were set aside (dev)")
     return total / weight, weight
-
-
-def read_dev(out: Path) -> dict[str, Any] | None:
-    """What a finished run measured; None where it has not finished.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    path = out / FILE
-    if not path.is_file():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        found["loss"] = float(found["loss"])
-        found["recipe"] = dict(found["recipe"])
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise DataError(f"{path} cannot be read: {problem}") from problem
-    return found

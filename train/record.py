@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from vlm import __version__
 from vlm.config import to_dict
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.train.config import TrainConfig
 from vlm.train.curve import draw_curve
 from vlm.train.loop import Step
@@ -26,6 +26,7 @@ from vlm.train.screen import Screen
 
 LOG = "log.jsonl"
 RUN = "run.json"
+DEV = "dev.json"
 CURVE = "curve.png"
 RISK = "risk.png"
 REDRAW = 60.0
@@ -121,6 +122,24 @@ class Record:
         partial = self.out / f".{RUN}.partial"
         partial.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.out / RUN)
+
+
+def read_dev(out: Path) -> dict[str, Any] | None:
+    """What a finished run measured on the pictures that it set aside; None where there is nothing yet.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = out / DEV
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found["loss"] = float(found["loss"])
+        found["recipe"] = dict(found["recipe"])
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise DataError(f"{path} cannot be read: {problem}") from problem
+    return found
 
 
 def machine() -> dict[str, Any]:

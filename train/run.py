@@ -24,7 +24,7 @@ from vlm.model import VLM
 from vlm.train import checks, mup
 from vlm.train.card import write_card
 from vlm.train.config import TrainConfig
-from vlm.train.dev import FILE, apportion, open_dev
+from vlm.train.dev import apportion, open_dev
 from vlm.train.holdout import Held, Judge, write_report
 from vlm.train.loop import Trainer
 from vlm.train.pairs import paired
@@ -32,7 +32,7 @@ from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
 from vlm.train.prepare import FeatureStore, groups_of, set_aside
 from vlm.train.processes import Processes
-from vlm.train.record import Record, machine
+from vlm.train.record import DEV, Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
 from vlm.train.streamed import Feed, StreamTrainer
@@ -99,7 +99,7 @@ def _begin(config: TrainConfig, fresh: bool, device: str) -> Accelerator:
     out = Path(config.out)
     if fresh and accelerator.is_main_process:
         shutil.rmtree(out / "state", ignore_errors=True)
-        (out / FILE).unlink(missing_ok=True)
+        (out / DEV).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return accelerator
 

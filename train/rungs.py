@@ -115,8 +115,8 @@ def finished(rung: Rung) -> dict[str, Any] | None:
         ConfigError: the folder holds a run of another recipe.
         DataError: what it measured is damaged.
     """
-    from vlm.train.dev import read_dev
     from vlm.train.recipe import same_recipe
+    from vlm.train.record import read_dev
 
     out = Path(rung.config.out)
     found = read_dev(out)

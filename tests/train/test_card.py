@@ -63,6 +63,14 @@ def test_a_fitted_threshold_is_told(folder: Path, tmp_path: Path) -> None:
     assert "a confidence of 0.79 or more: 72 % of the questions of flickr8k-yesno, dev, 80 % of them" in text
 
 
+def test_the_loss_of_pictures_set_aside_is_told(folder: Path) -> None:
+    about = {"loss": 1.23456, "pictures": 40, "recipe": {}}
+    (folder / "dev.json").write_text(json.dumps(about), "utf-8")
+    write_card(folder)
+    card = (folder / "README.md").read_text("utf-8")
+    assert "| loss of pictures set aside | 1.235 nats per token, 40 pictures |" in card
+
+
 def test_captions_are_neither_right_nor_wrong(folder: Path, tmp_path: Path) -> None:
     write_card(folder, [report(tmp_path / "c.json", "flickr8k", "cider")])
     assert "risk.png" not in (folder / "README.md").read_text("utf-8")

@@ -16,10 +16,11 @@ from vlm.config import to_dict
 from vlm.data.splits import image_key
 from vlm.errors import ConfigError, DataError
 from vlm.train.config import OptimConfig, SourceConfig
-from vlm.train.dev import apportion, read_dev
+from vlm.train.dev import apportion
 from vlm.train.ladder import check_sizes, climb, predict, read_settings
 from vlm.train.ladder import rungs as ladder_rungs
 from vlm.train.loop import Trainer
+from vlm.train.record import read_dev
 from vlm.train.rungs import LadderConfig, rung_config
 from vlm.train.sweep import compare, sweep
 
