@@ -10,6 +10,14 @@ import functools
 import json
 from pathlib import Path
 
+NAMING = (
+    "What is this?",
+    "What is that?",
+    "What is this called?",
+    "What is shown here?",
+    "What is in the picture?",
+)
+"""Questions that a thing's name answers."""
 PATH = Path(__file__).with_name("kinds.json")
 BROAD = ("What {} is this?", "What {} is in the picture?", "What {} do you see?", "Which {} is shown?")
 NARROW = ("What kind of {} is this?", "What kind of {} is in the picture?", "Which kind of {} is it?")
@@ -37,6 +45,18 @@ def kinds_of(label: str) -> tuple[str, ...]:
 def plain_name(label: str) -> str:
     """What a person who is no expert calls it."""
     return _table()[1].get(label, label)
+
+
+@functools.cache
+def _names_asked() -> frozenset[str]:
+    kinds = {kind for told in _table()[0].values() for kind in told}
+    asked = (form.format(kind) for kind in kinds for form in (*BROAD, *NARROW))
+    return frozenset((*NAMING, "What breed of dog is this?", *asked))
+
+
+def asks_name(question: str) -> bool:
+    """Whether a name, or the name of a kind, answers the question."""
+    return question in _names_asked()
 
 
 def kind_questions(label: str) -> list[tuple[str, str]]:

@@ -79,6 +79,9 @@ class HintsTraining:
     """Share of pictures without hints in an epoch."""
     swap: float = 0.1
     """Share of pictures with the hints of another."""
+    foreign: float = 0.0
+    """Share of pictures that are told one label of all that the encoder knows, as if it were sure: it answers
+    after the name, the picture all else."""
     naming: float = 0.0
     """Share of pictures that are also asked what they show, or which animal, vehicle ... it is; the answer is
     the encoder's first label. Common labels are asked after less than this, rare ones more."""
@@ -198,8 +201,11 @@ class TrainConfig:
         if not 0 <= self.flip <= 1 or not 0 <= self.smoothing < 1 or not 0 <= self.holdout < 1:
             raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
         told = self.hints
-        if min(told.drop, told.swap) < 0 or told.drop + told.swap > 1 or not 0 <= told.naming <= 1:
-            raise ConfigError("hints: drop, swap and naming are shares, drop and swap together at most 1")
+        drawn = (told.drop, told.swap, told.foreign)
+        if min(drawn) < 0 or sum(drawn) > 1 or not 0 <= told.naming <= 1:
+            raise ConfigError(
+                "hints: drop, swap, foreign and naming are shares, the first three at most 1 in all"
+            )
 
     def _check_stream(self) -> None:
         if not self.stream:

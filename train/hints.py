@@ -1,47 +1,70 @@
-"""What a run tells of the encoder's labels: mostly the picture's own, sometimes none, sometimes another's.
+"""What a run tells of the encoder's labels: mostly the picture's own, sometimes none, sometimes others.
 
 A label that is always there and always right would be repeated without a look at the picture; dropped
 and swapped ones make the features decide. Naming questions teach the way back: from what the classifier
 sees to its word, for kinds of things that the captions do not name. Rare labels are asked after oftener than
-common ones, or every animal would be a dog.
+common ones, or every animal would be a dog. Foreign labels go further: one label alone, as of a classifier
+that is sure, drawn from all that it knows. It answers after the name; captions and all other questions keep
+to the picture. So lions have a name, though the captions hold none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vlm.conversation import Conversation
 from vlm.data.collate import Group, seeded
-from vlm.data.kinds import kind_questions
+from vlm.data.kinds import NAMING, kind_questions
 from vlm.hints import hint_text
 from vlm.processor import Processor, Tokens
 from vlm.train.config import TrainConfig
 from vlm.train.prepare import FeatureStore, Labels
 
-NAMING = (
-    "What is this?",
-    "What is that?",
-    "What is this called?",
-    "What is shown here?",
-    "What is in the picture?",
-)
 KINDS = 0.5
 """Share of naming questions that ask after a kind ("What animal is this?"), where the label has one."""
 
 
-def drawn_hints(
+@dataclass(frozen=True)
+class Told:
+    """The labels that one epoch tells of a group's pictures.
+
+    Attributes:
+        name: what a naming question is answered by; "" where none may be asked.
+        foreign: whether `name` is of another kind of thing than what the picture shows.
+    """
+
+    labels: Labels
+    name: str = ""
+    foreign: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        """A hint for each picture."""
+        return hint_texts(self.labels)
+
+
+def drawn_labels(
     group: Group, view: str, epoch: int, groups: Sequence[Group], store: FeatureStore, config: TrainConfig
-) -> list[str]:
-    """A hint for each picture of the group, as this epoch tells it."""
+) -> Told:
+    """What this epoch tells of the group's pictures."""
+    hints = config.hints
     chance = seeded(config.seed, epoch, group.key, "hints")
     draw = chance.random()
     labels = store.labels(group, view)
-    if draw < config.hints.drop:
-        return [""] * len(labels)
-    if draw < config.hints.drop + config.hints.swap:
+    single = len(labels) == 1
+    sure = single and labels[0] and labels[0][0][1] >= hints.sure
+    name = labels[0][0][0] if sure else ""
+    if draw < hints.drop:
+        return Told([[] for _ in labels], name)
+    if draw < hints.drop + hints.swap:
         other = store.labels(groups[chance.randrange(len(groups))], "whole")
-        labels = [other[i % len(other)] for i in range(len(labels))]
-    return hint_texts(labels)
+        return Told([other[i % len(other)] for i in range(len(labels))])
+    known = store.features.encoder.labels
+    if draw < hints.drop + hints.swap + hints.foreign and single and known:
+        name = chance.choice(known)
+        return Told([[(name, 1.0)]], name, foreign=True)
+    return Told(labels, name)
 
 
 def hint_texts(labels: Labels) -> list[str]:
@@ -50,21 +73,14 @@ def hint_texts(labels: Labels) -> list[str]:
 
 
 def naming(
-    group: Group,
-    view: str,
-    epoch: int,
-    hints: Sequence[str],
-    store: FeatureStore,
-    processor: Processor,
-    config: TrainConfig,
+    group: Group, told: Told, epoch: int, store: FeatureStore, processor: Processor, config: TrainConfig
 ) -> list[tuple[Tokens, float]]:
     """A question after what a picture shows, where the classifier is sure of it; often none."""
-    labels = store.labels(group, view)
-    if len(labels) != 1 or not labels[0] or labels[0][0][1] < config.hints.sure:
+    name = told.name
+    if not name:
         return []
-    name = labels[0][0][0]
     chance = seeded(config.seed, epoch, group.key, "naming")
-    if chance.random() >= config.hints.naming * store.rarity(name):
+    if chance.random() >= config.hints.naming * store.rarity(name) and not told.foreign:
         return []
     kinds = kind_questions(name)
     if kinds and chance.random() < KINDS:
@@ -73,4 +89,4 @@ def naming(
         question = chance.choice(NAMING)
         answer = f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
     asked = Conversation.ask(group.images, question)
-    return [(processor.tokens(asked, answer, hints), config.hints.weight)]
+    return [(processor.tokens(asked, answer, told.texts), config.hints.weight)]

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from vlm.checkpoint import save_adapter
 from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, told_of
+from vlm.data.kinds import asks_name
 from vlm.errors import VLMError
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
 from vlm.train import fast, mup
 from vlm.train.config import TrainConfig
-from vlm.train.hints import drawn_hints, naming
+from vlm.train.hints import drawn_labels, naming
 from vlm.train.mup import Scale
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
@@ -312,9 +313,11 @@ class Trainer:
         for group in groups:
             view = self.view(group, epoch)
             seen.append(self.store(group, view))
-            hints.append(drawn_hints(group, view, epoch, self.groups, self.store, config))
-            pairs = told_of(group, processor, config.seed, epoch, hints[-1], view)
-            told.append(pairs + naming(group, view, epoch, hints[-1], self.store, processor, config))
+            labels = drawn_labels(group, view, epoch, self.groups, self.store, config)
+            hints.append(labels.texts)
+            without = asks_name if labels.foreign else None
+            pairs = told_of(group, processor, config.seed, epoch, labels.texts, view, without)
+            told.append(pairs + naming(group, labels, epoch, self.store, processor, config))
         reward = 0.0
         if self.reward is not None:
             with self.autocast():

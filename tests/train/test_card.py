@@ -15,6 +15,7 @@ from vlm.train.card import main, write_card
 
 if TYPE_CHECKING:
     from vlm.model import VLM
+    from vlm.train.config import TrainConfig
 
 
 def report(path: Path, task: str, metric: str, **other: Any) -> Path:
@@ -63,12 +64,14 @@ def test_a_fitted_threshold_is_told(folder: Path, tmp_path: Path) -> None:
     assert "a confidence of 0.79 or more: 72 % of the questions of flickr8k-yesno, dev, 80 % of them" in text
 
 
-def test_the_loss_of_pictures_set_aside_is_told(folder: Path) -> None:
-    about = {"loss": 1.23456, "pictures": 40, "recipe": {}}
-    (folder / "dev.json").write_text(json.dumps(about), "utf-8")
-    write_card(folder)
-    card = (folder / "README.md").read_text("utf-8")
-    assert "| loss of pictures set aside | 1.235 nats per token, 40 pictures |" in card
+def test_the_loss_of_pictures_set_aside_is_told(recipe: Callable[..., TrainConfig]) -> None:
+    from vlm.train.run import train
+
+    config = recipe(dev=4, steps=1)
+    assert train(config, offline=True)
+    loss = json.loads((Path(config.out) / "dev.json").read_text("utf-8"))["loss"]
+    card = (Path(config.out) / "README.md").read_text("utf-8")
+    assert f"| loss of pictures set aside | {loss:.3f} nats per token, 4 pictures |" in card
 
 
 def test_captions_are_neither_right_nor_wrong(folder: Path, tmp_path: Path) -> None:

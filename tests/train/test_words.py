@@ -15,12 +15,15 @@ import torch
 
 from vlm.config import CAPTION_PROMPT, HintsConfig
 from vlm.conversation import Conversation
-from vlm.data.collate import Group, Pair
+from vlm.data.collate import Group, Pair, Source, group_by_image, masked_text, told_of
 from vlm.data.example import Example
+from vlm.data.kinds import NAMING, asks_name
 from vlm.errors import DataError
 from vlm.train.config import HintsTraining, WordsConfig
+from vlm.train.hints import Told, drawn_labels, naming
 
 if TYPE_CHECKING:
+    from vlm.model import VLM
     from vlm.train.config import TrainConfig
     from vlm.train.loop import Step, Trainer
 
@@ -117,7 +120,9 @@ def test_one_command_teaches_words_and_then_sentences(recipe: Recipe, capsys: An
 
 
 class Labels:
-    """A store whose classifier calls every picture by its group's name."""
+    """A store whose classifier calls every picture by its group's name, and knows two other things."""
+
+    features = SimpleNamespace(encoder=SimpleNamespace(labels=("lion", "kite")))
 
     def labels(self, group: Group, view: str) -> list[list[tuple[str, float]]]:
         return [[(group.id, 0.9)] for _ in group.images]
@@ -126,47 +131,75 @@ class Labels:
         return 1.0
 
 
-def test_hints_are_dropped_and_swapped_as_often_as_the_recipe_says(recipe: Recipe) -> None:
-    from vlm.train.hints import drawn_hints
+def drawn(group: Group, epoch: int, groups: list[Group], config: TrainConfig) -> Told:
+    return drawn_labels(group, "whole", epoch, groups, Labels(), config)  # type: ignore[arg-type]
 
-    config = replace(recipe(), hints=HintsTraining(drop=0.2, swap=0.1))
+
+def named(told: Told, epoch: int, config: TrainConfig) -> list[tuple[str, str, list[str]]]:
+    """The naming question of an epoch, if any: (question, answer, hints)."""
+    processor = SimpleNamespace(tokens=lambda asked, answer, hints: (asked.turns[-1].text, answer, hints))
+    group = captioned("a picture", "x")
+    return [asked for asked, _ in naming(group, told, epoch, Labels(), processor, config)]  # type: ignore[arg-type]
+
+
+def test_hints_are_drawn_as_often_as_the_recipe_says(recipe: Recipe) -> None:
+    config = replace(recipe(), hints=HintsTraining(drop=0.2, swap=0.1, foreign=0.15))
     groups = [captioned(f"thing{i}", "a thing") for i in range(1000)]
     found: Counter[str] = Counter()
     for group in groups:
-        (hint,) = drawn_hints(group, "whole", 0, groups, Labels(), config)  # type: ignore[arg-type]
-        found["none" if not hint else "own" if f"{group.id}." in hint else "other"] += 1
-        again = drawn_hints(group, "whole", 0, groups, Labels(), config)  # type: ignore[arg-type]
-        assert again == [hint]
+        told = drawn(group, 0, groups, config)
+        (hint,) = told.texts
+        if told.foreign:
+            assert told.name in ("lion", "kite") and hint == f"Perhaps {told.name}.\n"
+            found["foreign"] += 1
+        elif not hint:
+            assert told.name == group.id
+            found["none"] += 1
+        else:
+            own = f"{group.id}." in hint
+            assert told.name == (group.id if own else "")  # nobody is asked to name what another shows
+            found["own" if own else "other"] += 1
+        assert drawn(group, 0, groups, config) == told
     assert 150 < found["none"] < 250
     assert 60 < found["other"] < 140
+    assert 110 < found["foreign"] < 190
 
 
 def test_naming_questions_ask_what_the_classifier_is_sure_of(recipe: Recipe) -> None:
-    from vlm.train.hints import NAMING, naming
+    config = replace(recipe(), hints=HintsTraining(drop=0.0, swap=0.0, naming=1.0, sure=0.5))
+    group = captioned("espresso", "x")
+    told = drawn(group, 0, [group], config)
+    ((question, answer, hints),) = named(told, 0, config)
+    assert (question in NAMING, answer, hints) == (True, "an espresso", ["Perhaps espresso.\n"])
+    assert named(told, 0, replace(config, hints=HintsTraining(naming=0.0))) == []
+    unsure = replace(config, hints=HintsTraining(drop=0.0, swap=0.0, naming=1.0, sure=0.95))
+    assert named(drawn(group, 0, [group], unsure), 0, unsure) == []
 
-    config = replace(recipe(), hints=HintsTraining(naming=1.0, sure=0.5))
-    processor = SimpleNamespace(tokens=lambda asked, answer, hints: (asked.turns[-1].text, answer, hints))
-    (((question, answer, hints), weight),) = naming(
-        captioned("espresso", "x"), "whole", 0, ["h"], Labels(), processor, config  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert (question in NAMING, answer, hints, weight) == (True, "an espresso", ["h"], 1.0)
-    for off in (HintsTraining(naming=0.0), HintsTraining(naming=1.0, sure=0.95)):
-        none = naming(
-            captioned("cup", "x"), "whole", 0, [""], Labels(), processor, replace(config, hints=off)
-        )  # type: ignore[arg-type]
-        assert none == []
+
+def test_a_foreign_label_is_always_asked_after(recipe: Recipe) -> None:
+    config = replace(recipe(), hints=HintsTraining(naming=0.0))
+    for epoch in range(50):
+        ((question, answer, hints),) = named(Told([[("lion", 1.0)]], "lion", foreign=True), epoch, config)
+        assert asks_name(question) and "lion" in answer and hints == ["Perhaps lion.\n"]
+    assert asks_name("What animal is in the picture?") and not asks_name("What is the dog doing?")
+
+
+def test_with_a_foreign_label_the_captions_questions_after_names_are_left_out(
+    recipe: Recipe, make_tiny: Callable[..., VLM]
+) -> None:
+    processor = make_tiny("flamingo").processor
+    asked = [Conversation.ask(["a.png"], text) for text in ("What is this?", "What is the dog doing?")]
+    (group,) = group_by_image([Source([Example(c.images, c.turns, answers=("dog",)) for c in asked])])
+    assert len(told_of(group, processor, 0, 0)) == 2
+    ((tokens, _),) = told_of(group, processor, 0, 0, without=asks_name)
+    assert "doing" in masked_text(tokens, processor.language)
 
 
 def test_naming_asks_after_kinds_too(recipe: Recipe) -> None:
-    from vlm.train.hints import NAMING, naming
-
     config = replace(recipe(), hints=HintsTraining(naming=1.0, sure=0.5))
-    processor = SimpleNamespace(tokens=lambda asked, answer, hints: (asked.turns[-1].text, answer))
     said: Counter[tuple[bool, str]] = Counter()
     for epoch in range(400):
-        (((question, answer), _),) = naming(
-            captioned("tabby", "x"), "whole", epoch, ["h"], Labels(), processor, config  # type: ignore[arg-type]
-        )  # fmt: skip
+        ((question, answer, _),) = named(Told([[("tabby", 0.9)]], "tabby"), epoch, config)
         said[question in NAMING, answer] += 1
         assert question in NAMING or "animal" in question
     assert set(said) == {(True, "a tabby"), (False, "cat")}
