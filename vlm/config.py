@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -14,6 +15,10 @@ from vlm.errors import ConfigError
 CAPTION_PROMPT = "Describe the picture."
 
 T = TypeVar("T")
+
+
+_EXPONENT = re.compile(r"[+-]?\d+e[+-]?\d+", re.IGNORECASE)
+"""4e-4, which YAML 1.1 takes for text as it has no point."""
 
 
 def _check(section: str, **fine: bool) -> None:
@@ -235,6 +240,8 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     if int in options and isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)  # numpy's integers too
     if float in options and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if float in options and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     if type(value) not in options:
         names = " or ".join("nothing" if option is type(None) else option.__name__ for option in options)

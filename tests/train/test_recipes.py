@@ -133,8 +133,16 @@ def test_settings_reach_everything() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "value"), [("4e-4", 4e-4), ("1E+0", 1.0), ("3.5e-4", 3.5e-4), ("2", 2.0)]
+)
+def test_a_rate_may_be_written_as_people_do(written: str, value: float) -> None:
+    assert read_recipe("smoke", [f"optim.lr={written}"]).optim.lr == value
+
+
+@pytest.mark.parametrize(
     "setting",
-    ["optim.rate=1", "nonsense=1", "steps=many", "steps", "=3", "sources.7.limit=3", "steps.more=1",
+    ["optim.rate=1", "optim.lr=fast", "optim.lr=4e",
+     "nonsense=1", "steps=many", "steps", "=3", "sources.7.limit=3", "steps.more=1",
      "seed=true", "steps=0", "precision=fp8", "objective=joy", "flip=2", "holdout=1",
      "optim.lr={a: [}", "keep=0"],
 )  # fmt: skip
