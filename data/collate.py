@@ -176,14 +176,15 @@ def epoch_batches(
     for begin in range(0, len(order), window):
         part = order[begin : begin + window]
         if by_length:
-            part = sorted(part, key=lambda i: _length(groups[i], seed, epoch))
+            part = sorted(part, key=lambda i: told_length(groups[i], seed, epoch))
         cut = [part[i : i + size] for i in range(0, len(part), size)]
         chance.shuffle(cut)
         batches += cut
     return batches
 
 
-def _length(group: Group, seed: int, epoch: int) -> int:
+def told_length(group: Group, seed: int, epoch: int) -> int:
+    """Letters that a group tells in an epoch."""
     return sum(len(p.answer) + len(p.example.turns[-1].text) for p in group.draw(seed, epoch))
 
 

@@ -1,7 +1,7 @@
 """What a run will need, before its first step; and how that compares with what it took.
 
-The figures come from one trial step on the recipe's own first batch: it is timed, its memory is
-measured, and everything it touched is put back.
+The figures come from two trial steps on batches of the recipe's own first epoch: the first one is timed, the
+one that tells most is measured for memory, and everything they touched is put back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vlm.data.collate import Group, batches_from
+from vlm.data.collate import Group, batches_from, epoch_batches, told_length
 from vlm.train.loop import Trainer
 
 SHARE = 0.5
@@ -82,43 +82,52 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held: of the GPU where there is one, else of main memory."""
+    """Most bytes that this process has held: of the GPU where there is one, else of main memory.
+
+    Where the system tells them apart, pages of files (stored features, weights) are not counted: they are
+    dropped whenever something else needs the room.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024 - _kilobytes("/proc/self/status", "RssFile:", 0)
 
 
 def free_memory() -> int:
     """Bytes that may still be taken; a large number where the system does not say."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
+    return _kilobytes("/proc/meminfo", "MemAvailable:", 1 << 40)
+
+
+def _kilobytes(path: str, name: str, unknown: int) -> int:
+    """Bytes that a file of the kernel's says in kB; `unknown` where it does not."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with open(path, encoding="ascii") as file:
             for line in file:
-                if line.startswith("MemAvailable:"):
+                if line.startswith(name):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 1 << 40
+    return unknown
 
 
 def preflight(trainer: Trainer) -> Preflight:
-    """Tries one step, chooses the micro-batch if the recipe leaves it open, and predicts the rest."""
+    """Tries two steps, chooses the micro-batch if the recipe leaves it open, and predicts the rest."""
     config, groups = trainer.config, trainer.groups
-    _, indices = next(batches_from(groups, config.batch, config.seed, trainer.step))
-    batch = trainer.processes.mine([groups[i] for i in indices]) or [groups[indices[0]]]
+    epoch, first, heaviest = _batches(trainer)
     with _untouched(trainer):
         # All processes make the same passes: those that share the layers wait for each other in each.
-        least = trainer.processes.gather([len(batch), trainer.micro or _choose_micro(trainer, batch)])
-        batch = batch[: min(size for size, _ in least)]
-        trainer.micro = min(micro for _, micro in least)
-        seconds = _trial(trainer, batch)
+        sizes = [len(first), len(heaviest), trainer.micro or _choose_micro(trainer, heaviest, epoch)]
+        *sizes, trainer.micro = map(min, zip(*trainer.processes.gather(sizes), strict=True))
+        _trial(trainer, first[:1], epoch)  # warms everything up
+        seconds = _trial(trainer, first[: sizes[0]], epoch)
+        _trial(trainer, heaviest[: sizes[1]], epoch)
     trained = sum(p.numel() for p in trainer.model.trainable())
     everything = sum(p.numel() for p in trainer.model.parameters())
     left = config.steps - trainer.step
-    # AdamW's two averages come with the first real step.
-    memory = peak_memory() + (0 if trainer.step else 8 * trained)
+    # AdamW's two averages come with the first real step, the states below the adapter with the others.
+    memory = peak_memory() + (0 if trainer.step else 8 * trained) + (config.fast.lower_cache << 20)
     return Preflight(
         frozen=everything - trained,
         trained=trained,
@@ -149,9 +158,9 @@ def _untouched(trainer: Trainer) -> Iterator[None]:
             torch.cuda.set_rng_state(device)
 
 
-def _choose_micro(trainer: Trainer, batch: list[Group]) -> int:
+def _choose_micro(trainer: Trainer, batch: list[Group], epoch: int) -> int:
     """The whole batch, halved until its activations fit."""
-    rows = trainer.prepare(batch, 0).rows
+    rows = trainer.prepare(batch, epoch).rows
     if not rows:
         return len(batch)  # words are learnt without the language model, whose activations need the room
     nodes = max(len(row.codes) for row in rows) * len(rows) / len(batch)
@@ -168,10 +177,26 @@ def _choose_micro(trainer: Trainer, batch: list[Group]) -> int:
     return micro
 
 
-def _trial(trainer: Trainer, batch: list[Group]) -> float:
-    """Seconds of a forward and backward pass over a batch, after a small one that warms everything up."""
-    trainer.backward(trainer.prepare(batch[:1], 0), 1.0)
+def _batches(trainer: Trainer) -> tuple[int, list[Group], list[Group]]:
+    """The epoch, and what this process reads of its next batch and of the one that tells most."""
+    config, groups = trainer.config, trainer.groups
+    by_length = config.fast.length_groups
+    epoch, first = next(batches_from(groups, config.batch, config.seed, trainer.step, by_length))
+
+    def weight(batch: list[int]) -> int:
+        """What a batch takes, padded to its longest row."""
+        return len(batch) * max(told_length(groups[i], config.seed, epoch) for i in batch)
+
+    def share(batch: list[int]) -> list[Group]:
+        return trainer.processes.mine([groups[i] for i in batch]) or [groups[batch[0]]]
+
+    heaviest = max(epoch_batches(groups, config.batch, config.seed, epoch, by_length), key=weight)
+    return epoch, share(first), share(heaviest)
+
+
+def _trial(trainer: Trainer, batch: list[Group], epoch: int) -> float:
+    """Seconds of a forward and backward pass over a batch."""
     began = time.perf_counter()
     for begin in range(0, len(batch), trainer.micro):
-        trainer.backward(trainer.prepare(batch[begin : begin + trainer.micro], 0), 1.0)
+        trainer.backward(trainer.prepare(batch[begin : begin + trainer.micro], epoch), 1.0)
     return time.perf_counter() - began

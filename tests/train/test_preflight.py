@@ -1,0 +1,64 @@
+"""What is predicted of a run, and that predicting leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from vlm.data.collate import Pair, told_length
+from vlm.train.config import FastConfig
+from vlm.train.preflight import peak_memory, preflight
+
+if TYPE_CHECKING:
+    from vlm.data.collate import Group
+    from vlm.train.config import TrainConfig
+    from vlm.train.loop import Part, Step, Trainer
+
+Recipe = Callable[..., "TrainConfig"]
+TrainerOf = Callable[["TrainConfig"], "tuple[Trainer, list[Step]]"]
+
+
+def test_the_batch_that_tells_most_is_tried(
+    recipe: Recipe, trainer_of: TrainerOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = trainer_of(recipe(batch=2, fast=FastConfig(length_groups=False)))
+    talker = trainer.groups[7]
+    pair = talker.by_source[0][0]
+    talker.by_source[0][:] = [Pair(pair.example, "a long answer " * 9, 1.0)] * 3
+    assert told_length(talker, 0, 0) > 2 * max(
+        told_length(g, 0, 0) for g in trainer.groups if g is not talker
+    )
+    tried: list[list[Group]] = []
+    plain = trainer.prepare
+    monkeypatch.setattr(
+        trainer, "prepare", lambda part, epoch: (tried.append(list(part)), plain(part, epoch))[1]
+    )
+    plan = preflight(trainer)
+    assert any(talker in part for part in tried)
+    assert plan.micro == 2 and plan.step_seconds > 0
+    assert plan.memory > peak_memory() // 2
+
+
+def test_predicting_leaves_no_trace(recipe: Recipe, trainer_of: TrainerOf) -> None:
+    config = recipe(steps=3, sizes={"dropout": 0.2})
+    losses = []
+    for predicted in (True, False):
+        trainer, steps = trainer_of(config)
+        torch.manual_seed(1)
+        if predicted:
+            preflight(trainer)
+        trainer.run()
+        losses.append([step.loss for step in steps])
+    assert losses[0] == losses[1]
+
+
+def test_states_that_may_be_kept_are_memory_too(recipe: Recipe, trainer_of: TrainerOf) -> None:
+    config = recipe(batch=2)
+    trainer, _ = trainer_of(config)
+    without = preflight(trainer).memory
+    trainer.config = replace(config, fast=FastConfig(lower_cache=3000))
+    assert preflight(trainer).memory > without + (2900 << 20)
