@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -204,23 +204,13 @@ def batches_from(
 
 
 def told_of(
-    group: Group,
-    processor: Processor,
-    seed: int,
-    epoch: int,
-    hints: Sequence[str] = (),
-    view: str = "whole",
-    without: Callable[[str], bool] | None = None,
+    group: Group, processor: Processor, seed: int, epoch: int, hints: Sequence[str] = (), view: str = "whole"
 ) -> list[tuple[Tokens, float]]:
     """What a group tells in one epoch, as the model reads it, with its weight in the loss.
 
-    Args:
-        view: of the pictures; what is said is what is true of it.
-        without: questions of which this holds are left out.
+    What is said is what is true of the `view` of its pictures.
     """
     drawn = group.seen(group.draw(seed, epoch), view)
-    if without is not None:
-        drawn = [pair for pair in drawn if not without(pair.example.turns[-1].text)]
     return [(processor.tokens(pair.example, pair.answer, hints), pair.weight) for pair in drawn]
 
 

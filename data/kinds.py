@@ -47,18 +47,6 @@ def plain_name(label: str) -> str:
     return _table()[1].get(label, label)
 
 
-@functools.cache
-def _names_asked() -> frozenset[str]:
-    kinds = {kind for told in _table()[0].values() for kind in told}
-    asked = (form.format(kind) for kind in kinds for form in (*BROAD, *NARROW))
-    return frozenset((*NAMING, "What breed of dog is this?", *asked))
-
-
-def asks_name(question: str) -> bool:
-    """Whether a name, or the name of a kind, answers the question."""
-    return question in _names_asked()
-
-
 def kind_questions(label: str) -> list[tuple[str, str]]:
     """Every question after a kind that the label answers, with its answer."""
     asked: list[tuple[str, str]] = []

@@ -80,8 +80,8 @@ class HintsTraining:
     swap: float = 0.1
     """Share of pictures with the hints of another."""
     foreign: float = 0.0
-    """Share of pictures that are told one label of all that the encoder knows, as if it were sure: it answers
-    after the name, the picture all else."""
+    """Share of pictures that are told one label of all that the encoder knows, as if it were sure, and asked
+    after its name alone."""
     naming: float = 0.0
     """Share of pictures that are also asked what they show, or which animal, vehicle ... it is; the answer is
     the encoder's first label. Common labels are asked after less than this, rare ones more."""

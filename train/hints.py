@@ -4,8 +4,8 @@ A label that is always there and always right would be repeated without a look a
 and swapped ones make the features decide. Naming questions teach the way back: from what the classifier
 sees to its word, for kinds of things that the captions do not name. Rare labels are asked after oftener than
 common ones, or every animal would be a dog. Foreign labels go further: one label alone, as of a classifier
-that is sure, drawn from all that it knows. It answers after the name; captions and all other questions keep
-to the picture. So lions have a name, though the captions hold none.
+that is sure, drawn from all that it knows, and one question after its name; nothing else is learnt of that
+picture then. So lions have a name, though the captions hold none.
 """
 
 from __future__ import annotations

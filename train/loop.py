@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from vlm.checkpoint import save_adapter
 from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, told_of
-from vlm.data.kinds import asks_name
 from vlm.errors import VLMError
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
@@ -310,27 +309,33 @@ class Trainer:
         seen: list[Tensor] = []
         hints: list[list[str]] = []
         told: list[list[tuple[Tokens, float]]] = []
+        own: list[int] = []  # the groups of which more than a name is learnt
         for group in groups:
             view = self.view(group, epoch)
             seen.append(self.store(group, view))
             labels = drawn_labels(group, view, epoch, self.groups, self.store, config)
             hints.append(labels.texts)
-            without = asks_name if labels.foreign else None
-            pairs = told_of(group, processor, config.seed, epoch, labels.texts, view, without)
-            told.append(pairs + naming(group, labels, epoch, self.store, processor, config))
+            told.append(naming(group, labels, epoch, self.store, processor, config))
+            if not labels.foreign:
+                own.append(len(told) - 1)
+                told[-1] = told_of(group, processor, config.seed, epoch, labels.texts, view) + told[-1]
         reward = 0.0
-        if self.reward is not None:
+        if self.reward is not None and own:
+            features, shown = torch.cat([seen[i] for i in own]), [groups[i] for i in own]
             with self.autocast():
-                sampled, reward = rewarded(self.model, self.reward, groups, torch.cat(seen), hints, config)
-            told = [one + other for one, other in zip(told, sampled, strict=True)]
+                sampled, reward = rewarded(
+                    self.model, self.reward, shown, features, [hints[i] for i in own], config
+                )
+            for i, captions in zip(own, sampled, strict=True):
+                told[i] += captions
         rows: list[Row] = []
-        features: list[Tensor] = []
+        repeated: list[Tensor] = []
         for group, pairs, feature in zip(groups, told, seen, strict=True):
             self._check_supervised(group, pairs)
             made = rows_of(pairs, processor, config.fast.shared_rows)
             rows += made
-            features += [feature] * len(made)
-        return Part(rows, torch.cat(features), reward)
+            repeated += [feature] * len(made)
+        return Part(rows, torch.cat(repeated), reward)
 
     def _check_supervised(self, group: Group, told: Sequence[tuple[Tokens, float]]) -> None:
         for tokens, _ in told:

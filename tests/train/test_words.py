@@ -15,15 +15,14 @@ import torch
 
 from vlm.config import CAPTION_PROMPT, HintsConfig
 from vlm.conversation import Conversation
-from vlm.data.collate import Group, Pair, Source, group_by_image, masked_text, told_of
+from vlm.data.collate import Group, Pair
 from vlm.data.example import Example
-from vlm.data.kinds import NAMING, asks_name
+from vlm.data.kinds import NAMING
 from vlm.errors import DataError
 from vlm.train.config import HintsTraining, WordsConfig
 from vlm.train.hints import Told, drawn_labels, naming
 
 if TYPE_CHECKING:
-    from vlm.model import VLM
     from vlm.train.config import TrainConfig
     from vlm.train.loop import Step, Trainer
 
@@ -180,19 +179,24 @@ def test_a_foreign_label_is_always_asked_after(recipe: Recipe) -> None:
     config = replace(recipe(), hints=HintsTraining(naming=0.0))
     for epoch in range(50):
         ((question, answer, hints),) = named(Told([[("lion", 1.0)]], "lion", foreign=True), epoch, config)
-        assert asks_name(question) and "lion" in answer and hints == ["Perhaps lion.\n"]
-    assert asks_name("What animal is in the picture?") and not asks_name("What is the dog doing?")
+        assert question in NAMING or "animal" in question
+        assert "lion" in answer and hints == ["Perhaps lion.\n"]
 
 
-def test_with_a_foreign_label_the_captions_questions_after_names_are_left_out(
-    recipe: Recipe, make_tiny: Callable[..., VLM]
+def test_of_a_picture_with_a_foreign_label_nothing_but_its_name_is_learnt(
+    recipe: Recipe, trainer_of: TrainerOf
 ) -> None:
-    processor = make_tiny("flamingo").processor
-    asked = [Conversation.ask(["a.png"], text) for text in ("What is this?", "What is the dog doing?")]
-    (group,) = group_by_image([Source([Example(c.images, c.turns, answers=("dog",)) for c in asked])])
-    assert len(told_of(group, processor, 0, 0)) == 2
-    ((tokens, _),) = told_of(group, processor, 0, 0, without=asks_name)
-    assert "doing" in masked_text(tokens, processor.language)
+    config = recipe()
+    config = replace(
+        config,
+        model=replace(config.model, hints=HintsConfig(count=2, least=0.0)),
+        hints=HintsTraining(drop=0.0, swap=0.0, foreign=1.0),
+    )
+    trainer, _ = trainer_of(config)
+    part = trainer.prepare(trainer.groups[:4], 0)
+    assert len(part.rows) == 4
+    for row in part.rows:
+        assert len(row.ends) == 1 and "Perhaps" in trainer.model.language.decode(row.codes[:30])
 
 
 def test_naming_asks_after_kinds_too(recipe: Recipe) -> None:
