@@ -15,11 +15,12 @@ _AFTER = (
     r"(?:sides?|sided|hands?|handed|most|corners?|edge|end|half|part|portion|wall|of|to|"
     r"arms?|legs?|foot|feet|knees?|elbows?|ears?|eyes?|shoulders?|paws?|wings?|fist|wrist)"
 )
-_NO_SIDE_BEFORE = r"(?:answer|way|size|thing|time|kind|one|moment|over|overs|behind|of way)"
-_SIDES = re.compile(r"\b(?:left|right)(?:most|hand|handed|wards?)?\b", re.IGNORECASE)
+_JOINED = r"(?:most|hand|handed|wards?)"
+_NEVER_AFTER = r"(?:answer|way|size|thing|time|kind|one|moment|over|overs|behind|of way)"
+_SIDES = re.compile(rf"\b(?:left|right){_JOINED}?\b", re.IGNORECASE)
 _SIDE = re.compile(
-    rf"\b(?P<before>{_BEFORE}[ -]+)?(?P<side>left|right)(?P<joined>most|hand|handed|wards?)?\b"
-    rf"(?![ -]+{_NO_SIDE_BEFORE}\b)(?P<after>[ -]+{_AFTER}\b)?",
+    rf"\b(?P<before>{_BEFORE}[ -]+)?(?P<side>left|right)(?P<joined>{_JOINED})?\b"
+    rf"(?![ -]+{_NEVER_AFTER}\b)(?P<after>[ -]+{_AFTER}\b)?",
     re.IGNORECASE,
 )
 

@@ -117,7 +117,7 @@ def _head(out: Path, config: dict[str, Any], recipe: dict[str, Any]) -> str:
     return card_head(out, config, made, recipe.get("note", ""))
 
 
-def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]], dev: dict[str, Any] | None = None) -> str:
+def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]], dev: dict[str, Any] | None) -> str:
     recipe, plan, machine = facts["recipe"], facts["preflight"], facts["machine"]
     per = _COUNTED.get(recipe["objective"], "token")
     losses = smoothed([row["loss"] for row in log if row["loss"] is not None])

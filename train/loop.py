@@ -299,9 +299,10 @@ class Trainer:
 
         Rewards compare with the captions as they were written: where these say left or right, unmirrored.
         """
-        mirrors = group.mirrors and not (group.sided and self.reward is not None)
+        if not self.config.flip or not group.mirrors or (self.reward is not None and group.sided):
+            return "whole"
         chance = seeded(self.config.seed, epoch, group.key, "view")
-        return "flip" if mirrors and chance.random() < self.config.flip else "whole"
+        return "flip" if chance.random() < self.config.flip else "whole"
 
     def prepare(self, groups: Sequence[Group], epoch: int) -> Part:
         """A micro-batch of an epoch's drawing."""
@@ -315,27 +316,26 @@ class Trainer:
             seen.append(self.store(group, view))
             labels = drawn_labels(group, view, epoch, self.groups, self.store, config)
             hints.append(labels.texts)
-            told.append(naming(group, labels, epoch, self.store, processor, config))
+            said = [] if labels.foreign else told_of(group, processor, config.seed, epoch, labels.texts, view)
             if not labels.foreign:
-                own.append(len(told) - 1)
-                told[-1] = told_of(group, processor, config.seed, epoch, labels.texts, view) + told[-1]
+                own.append(len(told))
+            told.append(said + naming(group, labels, epoch, self.store, processor, config))
         reward = 0.0
         if self.reward is not None and own:
-            features, shown = torch.cat([seen[i] for i in own]), [groups[i] for i in own]
+            shown, hinted = torch.cat([seen[i] for i in own]), [hints[i] for i in own]
+            described = [groups[i] for i in own]
             with self.autocast():
-                sampled, reward = rewarded(
-                    self.model, self.reward, shown, features, [hints[i] for i in own], config
-                )
+                sampled, reward = rewarded(self.model, self.reward, described, shown, hinted, config)
             for i, captions in zip(own, sampled, strict=True):
                 told[i] += captions
         rows: list[Row] = []
-        repeated: list[Tensor] = []
+        features: list[Tensor] = []
         for group, pairs, feature in zip(groups, told, seen, strict=True):
             self._check_supervised(group, pairs)
             made = rows_of(pairs, processor, config.fast.shared_rows)
             rows += made
-            repeated += [feature] * len(made)
-        return Part(rows, torch.cat(repeated), reward)
+            features += [feature] * len(made)
+        return Part(rows, torch.cat(features), reward)
 
     def _check_supervised(self, group: Group, told: Sequence[tuple[Tokens, float]]) -> None:
         for tokens, _ in told:

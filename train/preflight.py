@@ -90,18 +90,20 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024 - _kilobytes("/proc/self/status", "RssFile:", 0)
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024 - _kernel_says("/proc/self/status", "RssFile:", 0)
 
 
 def free_memory() -> int:
     """Bytes that may still be taken; a large number where the system does not say."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return _kilobytes("/proc/meminfo", "MemAvailable:", 1 << 40)
+    return _kernel_says("/proc/meminfo", "MemAvailable:", 1 << 40)
 
 
-def _kilobytes(path: str, name: str, unknown: int) -> int:
-    """Bytes that a file of the kernel's says in kB; `unknown` where it does not."""
+def _kernel_says(path: str, name: str, unknown: int) -> int:
+    """Bytes of a line that the kernel writes in kB; `unknown` where it does not."""
     try:
         with open(path, encoding="ascii") as file:
             for line in file:
