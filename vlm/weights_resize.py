@@ -1,0 +1,83 @@
+"""`vlm weights resize`: an adapter for pictures of another size, its positions interpolated.
+
+A convolutional encoder reads pictures of any size; a larger one shows it smaller things, on a finer grid.
+Networks trained on cropped, enlarged objects often see whole pictures better that way, untrained (Touvron et
+al. 2019). All that an adapter knows of the grid is a learned position for each cell; those of a finer grid
+lie between (as Dosovitskiy et al. 2021 carry vision transformers over to larger pictures).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm import __version__
+from vlm.card import card_head, table
+from vlm.checkpoint import adapter_folder, load_tensors, model_config, read_config, write_adapter
+from vlm.config import to_dict
+from vlm.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None:
+    """Writes an adapter for pictures of `size` x `size` pixels into a folder, with a card that says so.
+
+    When it abstains is not carried over: that was fitted to what the encoder saw at the old size.
+
+    Raises:
+        ConfigError: the encoder cannot read pictures of this size.
+        WeightsError: `adapter` is none or is damaged, its tokens are no square grid, or `out` is the adapter
+            itself or cannot be written.
+    """
+    from vlm.vision import load_encoder
+    from vlm.weights import resolve
+
+    folder = adapter_folder(adapter, offline=offline)
+    if folder.resolve() == out.resolve():
+        raise WeightsError(f"{out} is the adapter to be resized: name another folder")
+    values = read_config(folder)
+    trained = model_config(folder, values)
+    vision = replace(trained.vision, size=size)
+    tensors, digest = load_tensors(folder)
+    encoder = load_encoder(vision, resolve(vision.encoder, offline=offline))
+    before: int = values["features"]["tokens"]
+    resized = {
+        name: at_grid(value, encoder.tokens)
+        if name.rpartition(".")[2] == "position" and len(value) == before
+        else value
+        for name, value in tensors.items()
+    }
+    features = {"tokens": encoder.tokens, "width": encoder.width}
+    kept = {key: value for key, value in values.items() if key != "abstain"}
+    kept |= {"version": __version__, "model": to_dict(replace(trained, vision=vision)), "features": features}
+    note = (
+        f"Another adapter's weights, its positions interpolated for pictures of {size} x {size} pixels by "
+        "`vlm weights resize`; nothing was trained for it, and it has no scores of its own yet."
+    )
+    rows = [(Path(adapter).name, str(trained.vision.size), f"`{digest}`")]
+    made_of = table(("adapter", "pixels", "SHA-256 of its `adapter.safetensors`"), rows)
+    card = card_head(out, kept, f" at {size} pixels", note) + f"\n## Made of\n\n{made_of}"
+    write_adapter(out, resized, kept, card)
+
+
+def at_grid(positions: Tensor, tokens: int) -> Tensor:
+    """(N, W) positions of one grid -> (`tokens`, W) of another; those of class tokens, first, stay.
+
+    Raises:
+        WeightsError: one of the two is no square grid with as many class tokens before it.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    old, new = math.isqrt(len(positions)), math.isqrt(tokens)
+    first = len(positions) - old * old
+    if tokens - new * new != first:
+        raise WeightsError(f"{len(positions)} tokens cannot be brought to {tokens}: they are no square grids")
+    grid = positions[first:].float().T.reshape(1, -1, old, old)
+    resized = F.interpolate(grid, size=(new, new), mode="bilinear", antialias=new < old)
+    cells = resized.flatten(2)[0].T.to(positions.dtype)
+    return torch.cat([positions[:first], cells]).contiguous()
