@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ PAGE = 4096
 LARGEST = 65_504.0
 """The largest float16; a feature beyond it would become infinite."""
 SCORES = "/scores"
-"""Ends the key of a picture's label probabilities; what comes before is its features' key."""
+"""Ends the key of a picture's label probabilities; what comes before is the key of features of that size."""
 FORMAT = 2
 """Raised when an encoder of the same configuration gives other features."""
 
@@ -216,11 +216,21 @@ class Features:
 
     def __init__(self, encoder: Encoder, encoder_hash: str, cache: FeatureCache | None = None) -> None:
         self.encoder, self.encoder_hash, self.cache = encoder, encoder_hash, cache
-        self._prefix = json.dumps([FORMAT, encoder_hash, to_dict(encoder.config)], sort_keys=True)
+        self._about = self._described(encoder.config.size)
+        self._about_labels = self._described(encoder.label_size)
+
+    def _described(self, size: int) -> str:
+        """Everything that features of pictures of a size depend on, but the picture."""
+        config = replace(self.encoder.config, size=size)
+        return json.dumps([FORMAT, self.encoder_hash, to_dict(config)], sort_keys=True)
 
     def key(self, picture: Picture, view: str = "whole") -> str:
         """What the cache knows this picture's features by."""
-        return hashlib.sha256(f"{picture.sha256} {view} {self._prefix}".encode()).hexdigest()
+        return hashlib.sha256(f"{picture.sha256} {view} {self._about}".encode()).hexdigest()
+
+    def label_key(self, picture: Picture, view: str = "whole") -> str:
+        """What the cache knows this picture's label probabilities by."""
+        return hashlib.sha256(f"{picture.sha256} {view} {self._about_labels}".encode()).hexdigest() + SCORES
 
     def stored(self, keys: Sequence[str]) -> Tensor:
         """(I, N, D_v) float32 features that are known to be in the cache.
@@ -241,46 +251,56 @@ class Features:
     def see(self, pictures: Sequence[Picture], view: str = "whole", scored: bool = True) -> Seen:
         """Features, and what the encoder's classifier says unless not `scored`.
 
-        Values pass through float16 whether or not there is a cache, so that both give the same answers.
+        The classifier is asked at the size that it was trained with. Values pass through float16 whether or
+        not there is a cache, so that both give the same answers.
         """
-        keys = [self.key(picture, view) for picture in pictures]
-        scored = scored and bool(self.encoder.labels)
-        found: dict[str, np.ndarray] = {}
-        missing: dict[str, Picture] = {}
-        for key, picture in zip(keys, pictures, strict=True):
-            if key in found or key in missing:
-                continue
-            names = (key, key + SCORES) if scored else (key,)
-            arrays = {name: None if self.cache is None else self.cache.get(name) for name in names}
-            held = {name: array for name, array in arrays.items() if array is not None}
-            if len(held) < len(names):
-                missing[key] = picture
-            else:
-                found.update(held)
-        found.update(self._encode(missing, view))
-        if not keys:
+        if not pictures:
             return Seen(torch.zeros(0, self.encoder.tokens, self.encoder.width), torch.zeros(0, 0))
+        keys = [self.key(picture, view) for picture in pictures]
+        asked = [self.label_key(picture, view) for picture in pictures]
+        scored = scored and bool(self.encoder.labels)
+        wanted = dict(zip(keys + asked if scored else keys, [*pictures, *pictures], strict=False))
+        found = {name: array for name in wanted if (array := self._kept(name)) is not None}
+        found |= self._encode({name: wanted[name] for name in wanted if name not in found}, view)
         features = torch.from_numpy(np.stack([found[key] for key in keys])).float()
         if not scored:
             return Seen(features, features.new_zeros(len(keys), 0))
-        scores = np.concatenate([found[key + SCORES] for key in keys])
+        scores = np.concatenate([found[key] for key in asked])
         return Seen(features, torch.from_numpy(scores).float())
 
+    def _kept(self, name: str) -> np.ndarray | None:
+        return None if self.cache is None else self.cache.get(name)
+
     def _encode(self, missing: dict[str, Picture], view: str) -> dict[str, np.ndarray]:
-        """Features by key, and (1, C) scores by key + `SCORES`, of pictures that are not in the cache."""
+        """Arrays by key, of pictures by the keys that the cache does not have.
+
+        Where the classifier is asked at the features' size, one pass gives both.
+        """
         encoded: dict[str, np.ndarray] = {}
-        names = list(missing)
-        for begin in range(0, len(names), BATCH):
-            part = names[begin : begin + BATCH]
-            pixels = torch.stack([self.encoder.preprocess(missing[name], view) for name in part])
-            with torch.no_grad():
-                features, scores = self.encoder.look(pixels.to(next(self.encoder.parameters())))
-            values = features.float().clamp(-LARGEST, LARGEST).cpu().numpy().astype(np.float16)
-            arrays = dict(zip(part, values, strict=True))
-            if self.encoder.labels:
-                said = scores.float().cpu().numpy().astype(np.float16)
-                arrays |= {name + SCORES: row[None] for name, row in zip(part, said, strict=True)}
-            if self.cache is not None:
-                self.cache.put(arrays)
-            encoded.update(arrays)
+        for side in dict.fromkeys((self.encoder.config.size, self.encoder.label_size)):
+            due = {
+                name.removesuffix(SCORES): picture
+                for name, picture in missing.items()
+                if side == (self.encoder.label_size if name.endswith(SCORES) else self.encoder.config.size)
+            }
+            names = list(due)
+            for begin in range(0, len(names), BATCH):
+                arrays = self._look({name: due[name] for name in names[begin : begin + BATCH]}, view, side)
+                if self.cache is not None:
+                    self.cache.put(arrays)
+                encoded.update(arrays)
         return encoded
+
+    def _look(self, pictures: dict[str, Picture], view: str, side: int) -> dict[str, np.ndarray]:
+        """What pictures of a side show: (N, D_v) features by key, (1, C) scores by key + `SCORES`."""
+        pixels = torch.stack([self.encoder.preprocess(picture, view, side) for picture in pictures.values()])
+        with torch.no_grad():
+            features, scores = self.encoder.look(pixels.to(next(self.encoder.parameters())))
+        arrays: dict[str, np.ndarray] = {}
+        if side == self.encoder.config.size:
+            values = features.float().clamp(-LARGEST, LARGEST).cpu().numpy().astype(np.float16)
+            arrays |= dict(zip(pictures, values, strict=True))
+        if side == self.encoder.label_size and self.encoder.labels:
+            said = scores.float().cpu().numpy().astype(np.float16)
+            arrays |= {name + SCORES: row[None] for name, row in zip(pictures, said, strict=True)}
+        return arrays

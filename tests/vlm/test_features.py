@@ -43,7 +43,7 @@ class Counted(torch.nn.Module):
         super().__init__()
         self.inner, self.pictures = encoder, 0
         self.config, self.tokens, self.width = encoder.config, encoder.tokens, encoder.width
-        self.preprocess, self.labels = encoder.preprocess, encoder.labels
+        self.preprocess, self.labels, self.label_size = encoder.preprocess, encoder.labels, 64
 
     def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.pictures += len(pixels)
@@ -131,13 +131,13 @@ def test_a_models_cache(make_tiny: Callable[..., VLM], draw: Draw, tmp_path: Pat
     before = model.ask([draw(1)], "what?", max_new_tokens=6)
     model.features.cache = FeatureCache(tmp_path / "cache")
     assert model.ask([draw(1)], "what?", max_new_tokens=6).text == before.text
-    assert len(model.features.cache) == 2  # features and scores
+    assert len(model.features.cache) == 1  # no labels are told, so the classifier is not asked
     assert model.ask([draw(1)], "what?", max_new_tokens=6).logprob == pytest.approx(before.logprob, abs=1e-4)
     # A second model in the same process, with the same folder.
     other = make_tiny("qformer")
     other.features.cache = FeatureCache(tmp_path / "cache")
     assert other.ask([draw(1)], "what?", max_new_tokens=2).usage.images == 1
-    assert len(other.features.cache) == 2
+    assert len(other.features.cache) == 1
 
 
 # --- the store -------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from vlm.answering import shown
 from vlm.config import HintsConfig
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import ConfigError
-from vlm.features import SCORES, FeatureCache
+from vlm.features import FeatureCache, Features
 from vlm.hints import hint_text, likely_labels
 from vlm.images import open_picture
+from vlm.vision import Encoder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,13 +94,40 @@ def test_features_that_were_kept_without_scores_get_them(told: VLM, draw: Draw, 
     _, expected = told.see([picture])
     told.features.cache = cache = FeatureCache(tmp_path / "features")
     features = told.features([picture])
-    key = told.features.key(picture)
-    assert cache.get(key + SCORES) is not None
-    with cache._lmdb.begin(write=True) as write:
-        write.delete((key + SCORES).encode(), db=cache._values)
+    assert cache.get(told.features.label_key(picture)) is None
     seen, hints = told.see([picture])
     assert hints == expected
     torch.testing.assert_close(seen, features)
+    assert len(cache) == 2
+
+
+def test_the_classifier_is_asked_at_the_size_it_was_trained_with(
+    told: VLM, draw: Draw, tmp_path: Path
+) -> None:
+    encoder, picture = told.encoder, open_picture(draw(5))
+    assert (encoder.config.size, encoder.label_size) == (64, 160)  # test_resnet's own
+    seen = Features(encoder, "hash").see([picture])
+    features, _ = encoder.look(encoder.preprocess(picture)[None])
+    _, scores = encoder.look(encoder.preprocess(picture, size=160)[None])
+    torch.testing.assert_close(seen.features, features, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen.scores, scores, rtol=1e-3, atol=1e-4)
+
+
+def test_at_the_trained_size_one_pass_gives_features_and_labels(told: VLM, draw: Draw) -> None:
+    config = replace(told.encoder.config, size=told.encoder.label_size)
+    encoder = Encoder(told.encoder.backbone, config, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    passes, look = [], encoder.look
+
+    def counted(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        passes.append(len(pixels))
+        return look(pixels)
+
+    encoder.look = counted  # type: ignore[method-assign]
+    pictures = [open_picture(draw(seed)) for seed in (1, 2, 1)]
+    seen = Features(encoder, "hash").see(pictures)
+    assert passes == [2]  # each distinct picture once
+    assert seen.scores.shape == (3, 1000)
+    assert torch.equal(seen.scores[0], seen.scores[2])
 
 
 def test_an_encoder_without_labels_is_refused(make_tiny: Callable[..., VLM]) -> None:
