@@ -120,6 +120,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     start: str = ""
     """Adapter to start from (`default`, or a folder); its sizes replace `model`. Empty: a fresh one."""
+    dropout: float | None = None
+    """Dropout of the adapter while it learns; empty: as its sizes say."""
     sources: tuple[SourceConfig, ...] = ()
     """What to learn from."""
     stream: bool = False
@@ -198,6 +200,8 @@ class TrainConfig:
             raise ConfigError("dev, pictures and optim.mup_base must be at least 0")
         if self.dev and self.objective == "preference":
             raise ConfigError("dev is the loss of answers: the objective preference has holdout")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError("dropout must be at least 0 and below 1")
         if not 0 <= self.flip <= 1 or not 0 <= self.smoothing < 1 or not 0 <= self.holdout < 1:
             raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
         told = self.hints

@@ -172,8 +172,19 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
     else:
         model = build_model(config.model, offline=offline)
         mup.initialise(model.adapter, mup.scales(model, config.optim.mup_base))
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
     model.features.cache = FeatureCache(Path(config.feature_cache or cache_root() / "features"))
     return model
+
+
+def set_dropout(model: VLM, share: float) -> None:
+    """Gives a model's adapter another dropout than the one that it was built with."""
+    for module in model.adapter.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = share
+    sizes = replace(getattr(model.config, model.config.adapter), dropout=share)
+    model.config = replace(model.config, **{model.config.adapter: sizes})
 
 
 def prepare(

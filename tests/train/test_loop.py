@@ -14,6 +14,7 @@ import torch
 from vlm.errors import VLMError
 from vlm.train.config import FastConfig, OptimConfig, SourceConfig
 from vlm.train.loop import BAD_STEPS, TrainingError
+from vlm.train.run import make_model
 from vlm.weights_cache import frozen_hash
 
 
@@ -204,3 +205,15 @@ def test_the_average_follows_and_is_what_is_saved(recipe: Any, trainer_of: Any) 
     saved = load_file(Path(trainer.config.out) / "adapter.safetensors")
     assert all(torch.equal(saved[k], v.half()) for k, v in trainer.average.tensors.items())
     assert any(not torch.equal(saved[k], v.half()) for k, v in trainer.adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
+def test_dropout_of_a_recipe_replaces_that_of_the_start(
+    adapter: str, recipe: Callable[..., Any], begin: Callable[..., Path]
+) -> None:
+    start = str(begin(adapter))
+    for said, expected in ((None, 0.3), (0.45, 0.45), (0.0, 0.0)):
+        model = make_model(recipe(adapter, start=start, dropout=said), offline=True)
+        shares = {part.dropout for part in model.adapter.modules() if hasattr(part, "dropout")}
+        assert shares == {expected}
+        assert getattr(model.config, adapter).dropout == expected
