@@ -5,7 +5,8 @@
 # make model   train the adapters that ship, from their recipes
 # make clean   remove what the above have built (not the weights cache, not runs/)
 #
-# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it; `make model` takes DATA=folder and ROOMS=folder.
+# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it.
+# `make model` takes DATA=folder (Flickr8k) and ROOMS=folder (DAQUAR).
 
 PYTHON ?= python3
 VENV ?= .venv
