@@ -54,6 +54,20 @@ def csv_rows(text: str, name: str, delimiter: str = ",") -> Rows:
         yield place, row
 
 
+def whole_csv(path: Path) -> list[Mapping[str, Any]]:
+    """Every row of a CSV file.
+
+    Raises:
+        DataError: the file is missing or has no header; a row cannot be used.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for _, row in csv_rows(read_text(path), str(path)):
+        if isinstance(row, BadRow):
+            raise DataError(str(row))
+        rows.append(row)
+    return rows
+
+
 def jsonl_rows(text: str, name: str) -> Rows:
     """(place, row) of a text with one JSON object a line; a broken line is a `BadRow`."""
     for number, line in enumerate(text.split("\n"), start=1):
@@ -112,8 +126,10 @@ def metadata_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
+def read_image_folder(folder: Path, pictures: bool = True) -> Iterator[Example | BadRow]:
     """The examples of a folder with `metadata.csv` or `metadata.jsonl` (the imagefolder convention).
+
+    `pictures=False`: they need not be there.
 
     Raises:
         DataError: the folder has no such file, or two.
@@ -121,4 +137,4 @@ def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
     path = metadata_file(folder)
     if path is None:
         raise DataError(f"{folder} has no metadata.csv or metadata.jsonl (columns file_name and text)")
-    return to_examples(text_rows(path), folder)
+    return to_examples(text_rows(path), picture_finder(folder, needed=pictures))
