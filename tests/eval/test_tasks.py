@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import tasks
 from vlm.eval.main import main
@@ -185,6 +186,26 @@ def test_unknown_answer_type(tmp_path: Path) -> None:
     root = broken(tmp_path, "vqav2", {VQA_ANNOTATIONS: text.replace('"number"', '"poem"', 1)})
     with pytest.raises(DataError, match="unknown answer type 'poem'"):
         tasks.get("vqav2").examples(root)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "single", "every"),
+    [
+        ("tape_dispenser", "tape dispenser", 100.0, 100.0),
+        ("Tape_Dispenser, tape dispenser.", "tape dispenser", 100.0, 100.0),
+        ("chair, chair", "chair", 100.0, 100.0),
+        ("cup, tape_dispenser", "tape dispenser, cup", None, 100.0),
+        ("cup", "tape dispenser, cup", None, 0.0),
+        ("cup, chair", "cup", 0.0, 0.0),
+    ],
+)
+def test_daquar_compares_sets_of_words(
+    answer: str, reference: str, single: float | None, every: float
+) -> None:
+    count = reference.count(",") + 1
+    example = make_example("a.png", "what is it?", [reference], "1", {"answer_count": str(count)})
+    found = tasks.get("daquar").scores([example], [answer])
+    assert (found.metrics.get("accuracy_single"), found.metrics["accuracy_all"]) == (single, every)
 
 
 def test_the_reduced_set_has_files_of_its_own(tmp_path: Path) -> None:
