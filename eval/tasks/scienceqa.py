@@ -61,6 +61,7 @@ TASKS = (
         chance=choice_chance,
         unparsed=no_choice,
         choices=True,
+        surplus=True,  # problems without picture
         submission=submission,
         published=(
             Published("accuracy", 40.1, "guessing, Lu et al. 2022, arXiv:2209.09513, IMG, test"),
