@@ -227,8 +227,20 @@ def _said(answer: Any, path: Path, task: Task) -> str:
     return str(answer)
 
 
+def write_submission(path: Path, found: Any) -> None:
+    """Writes what `export` made: a text as it stands (NLVR's CSV), anything else as JSON."""
+    from vlm.eval.report import write_json
+
+    if isinstance(found, str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found, encoding="utf-8")
+    else:
+        write_json(path, found)
+
+
 def export(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> Any:
-    """The answers in the challenge's results format: ids are numbers where the benchmark's are."""
+    """The answers in the challenge's results format, a text where that is no JSON: ids are numbers where the
+    benchmark's are."""
     if task.submission is not None:
         return task.submission(examples, answers)
     numbers = task.id_key in ("question_id", "image_id")

@@ -77,7 +77,8 @@ class Task:
         surplus: official results answer more questions than the split scores: ids of no example are left out
             of a file of answers, and their number is said on stderr; elsewhere they are refused.
         unparsed: whether an answer cannot be read as one of those that are possible; its rate is reported.
-        submission: examples and answers -> the results format, where it is no list of rows.
+        submission: examples and answers -> the results format, where it is no list of rows; text where it is
+            no JSON.
     """
 
     name: str

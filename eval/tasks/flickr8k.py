@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
@@ -15,6 +18,13 @@ BEAMS = 3
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per photograph; without `pictures` only the captions and the list are read."""
     return read_dataset("flickr8k", root, split, pictures=pictures)
+
+
+def keyed(examples: Sequence[Example]) -> list[Example]:
+    """Questions made from captions, known in results files by their photograph and what follows its name."""
+    return [
+        replace(e, meta=MappingProxyType({**e.meta, "key": e.id.removeprefix("flickr8k/")})) for e in examples
+    ]
 
 
 TASKS = (
