@@ -74,8 +74,13 @@ class AnswerFile:
         if not rows:
             self.path.unlink()
             return self.load()
-        self._same_run(rows[0].get("run", {}))
-        return {row["id"]: Prediction(**row) for row in rows[1:]}
+        try:
+            header = dict(rows[0]["run"])
+            done = {row["id"]: Prediction(**row) for row in rows[1:]}
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{self.path} is no file of a run's answers; --restart drops it") from None
+        self._same_run(header)
+        return done
 
     def _same_run(self, there: Mapping[str, Any]) -> None:
         wanted, found = _flat(json.loads(json.dumps(self.header))), _flat(there)

@@ -65,7 +65,9 @@ def parse_json(text: str, where: str | Path, *, words: bool = False) -> Any:
             raise DataError(f"{where}: the key {key!r} stands twice in one object")
         return found
 
-    kinds = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str) if words else {}
+    kinds: dict[str, Any] = (
+        dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str) if words else {}
+    )
     try:
         found = json.loads(text, object_pairs_hook=once, **kinds)
         if _ESCAPED_HALF.search(text):

@@ -43,13 +43,13 @@ def metadata_of(root: Path, split: str) -> Path | None:
     return whole
 
 
-def elsewhere(root: Path, split: str) -> list[Example]:
+def elsewhere(root: Path, split: str, pictures: bool) -> list[Example]:
     """The examples of any other source.
 
     Raises:
         DataError: a row that cannot be used; in an evaluation none is left out.
     """
-    reading = read_source(root, "train" if split == "all" else split, divide=False)
+    reading = read_source(root, "train" if split == "all" else split, divide=False, pictures=pictures)
     if reading.bad:
         raise DataError(f"{root}: {len(reading.bad)} rows cannot be used, the first: {reading.bad[0]}")
     return reading.examples
@@ -93,7 +93,7 @@ def read_captions(root: Path | None, split: str, pictures: bool) -> list[Example
     assert root is not None
     path = metadata_of(root, split)
     if path is None:
-        return _together([e for e in elsewhere(root, split) if question(e) == CAPTION_PROMPT])
+        return _together([e for e in elsewhere(root, split, pictures) if question(e) == CAPTION_PROMPT])
     captions: dict[str, list[str]] = {}
     for number, row in enumerate(rows(path), start=1):
         texts = _texts(row, "caption", "text", where=f"{path}, entry {number}")
@@ -119,7 +119,7 @@ def read_questions(root: Path | None, split: str, pictures: bool) -> list[Exampl
     assert root is not None
     path = metadata_of(root, split)
     if path is None:
-        return [e for e in elsewhere(root, split) if question(e) != CAPTION_PROMPT]
+        return [e for e in elsewhere(root, split, pictures) if question(e) != CAPTION_PROMPT]
     examples = []
     for number, row in enumerate(rows(path)):
         where = f"{path}, entry {number + 1}"

@@ -139,6 +139,18 @@ def test_long_cells_of_a_csv_are_read(tmp_path: Path) -> None:
     assert example.turns[-1].text == f"{words}?"
 
 
+@pytest.mark.parametrize("split", ["test", "dev", "all"])
+def test_a_converted_set_is_scored_without_its_pictures(split: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}", encoding="utf-8")
+    for part, row in zip(("train", "validation", "test"), ROWS, strict=False):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (example,) = tasks.get("folder-vqa").examples(tmp_path, split, pictures=False)
+    assert example.answers == ({"all": "thing0", "dev": "thing1", "test": "thing2"}[split],)
+    with pytest.raises(DataError, match=r"missing"):
+        tasks.get("folder-vqa").examples(tmp_path, split)
+
+
 def test_a_wrong_folder_is_never_another_set(tmp_path: Path) -> None:
     argv = ["score", "easy-vqa", "--data", str(tmp_path / "absent"), "--predictions", "none.json"]
     with pytest.raises(DataError, match="absent does not hold easy-vqa"):

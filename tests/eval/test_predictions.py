@@ -63,6 +63,15 @@ def test_a_run_whose_answers_hold_line_marks_goes_on(tmp_path: Path) -> None:
     assert list(file.load().values()) == said
 
 
+@pytest.mark.parametrize(
+    "text", ['{"question_id": 1}', '{"run": 5}', '{"run": {}}\n{"id": "1", "said": "yes"}']
+)
+def test_a_file_that_no_run_wrote_is_not_continued(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="is no file of a run's answers; --restart"):
+        AnswerFile(tmp_path / "a.jsonl", {}).load()
+
+
 def test_items_that_hold_line_marks_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps([row | {"answer": "a\u2028b"} for row in ROWS]), encoding="utf-8")
