@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -147,7 +145,7 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
         if id in answers:
             raise DataError(f"{path}: the id {id} stands twice")
         answers[id] = text
-    _refuse_strange(answers, path, task, examples)
+    _check_ids(answers, path, task, examples)
     found = [answers.get(official_id(example), answers.get(example.id)) for example in examples]
     if missing := [e.id for e, answer in zip(examples, found, strict=True) if answer is None]:
         raise DataError(
@@ -157,7 +155,7 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
     return [_numbered(*pair) for pair in zip(said, examples, strict=True)] if numbered else said
 
 
-def _refuse_strange(answers: Iterable[str], path: Path, task: Task, examples: Sequence[Example]) -> None:
+def _check_ids(answers: Iterable[str], path: Path, task: Task, examples: Sequence[Example]) -> None:
     known = {official_id(example) for example in examples} | {example.id for example in examples}
     strange = [id for id in answers if id not in known]
     if strange and not task.surplus:
@@ -206,9 +204,8 @@ def _is_lines(text: str, path: Path) -> bool:
 
 def _csv_rows(path: Path, task: Task) -> Sequence[Mapping[str, Any]]:
     """A CSV's rows; where its first row names no column that is known, it is an id and an answer already."""
-    first = read_text(path).partition("\n")[0]
-    head = [cell.strip() for cell in next(csv.reader(io.StringIO(first)), [])]
-    bare = len(head) == 2 and not {task.answer_key, *ANSWER_KEYS} & set(head)
+    head = [cell.strip(' "') for cell in read_text(path).partition("\n")[0].split(",")]
+    bare = len(head) > 1 and not {task.answer_key, *ANSWER_KEYS} & set(head)
     return whole_csv(path, (task.id_key, task.answer_key) if bare else ())
 
 

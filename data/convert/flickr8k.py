@@ -50,7 +50,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
         rows = [line.split("\t") for line in text.splitlines()]
     else:
         try:
-            rows = list(csv.reader(io.StringIO(text, newline="")))
+            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
         except csv.Error as error:
             raise DataError(f"{path} is not CSV: {error}") from None
         if rows and [cell.strip().lower() for cell in rows[0]] == ["image", "caption"]:

@@ -38,6 +38,7 @@ def score(text: str, name: str, tmp_path: Path, task: str = "vqav2", root: Path 
         ("listed.jsonl", json.dumps(ROWS)),
         ("headed.csv", "question_id,answer\n" + "".join(f"{id},yes\n" for id in IDS)),
         ("bare.csv", "".join(f"{id},yes\n" for id in IDS)),
+        ("bare.csv", "".join(f'"{id}","yes"\n' for id in IDS)),
         ("UPPER.JSON", json.dumps(ROWS, indent=1)),
         ("lines.txt", "yes\n" * 12),
     ],
