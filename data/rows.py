@@ -206,8 +206,10 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     return [Example(images, (Turn("user", (*slots, CAPTION_PROMPT)),), tuple(captions), id, frozen)]
 
 
-def picture_finder(base: Path) -> Find:
+def picture_finder(base: Path, needed: bool = True) -> Find:
     """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both.
+
+    `needed=False`: paths are not looked up.
 
     Question sets hold a picture once for each of its questions, side by side: the bytes are kept once.
     """
@@ -226,7 +228,7 @@ def picture_finder(base: Path) -> Find:
         if "://" in name:
             raise RowError("picture is a web address", name[:80])
         path = base / name
-        if not path.is_file():
+        if needed and not path.is_file():
             raise RowError("picture missing", name[:80])
         return path
 

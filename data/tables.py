@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ CELL_LIMIT = 1 << 24
 Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
-def csv_rows(text: str, name: str, delimiter: str = ",") -> Rows:
+def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] = ()) -> Rows:
     """(place, row) of a CSV text with a header; columns of one name (five "caption"s) become a list.
+
+    `columns` are those of a text without header.
 
     Raises:
         DataError: there is no header.
     """
     csv.field_size_limit(CELL_LIMIT)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = [cell.strip() for cell in next(reader, [])]
+    header = list(columns) or [cell.strip() for cell in next(reader, [])]
     if not any(header):
         raise DataError(f"{name} has no header row (file_name,text or file_name,question,answer)")
-    number = 1
+    number = 0 if columns else 1
     while True:
         number += 1
         place = f"{name}:{number}"
@@ -52,6 +54,20 @@ def csv_rows(text: str, name: str, delimiter: str = ",") -> Rows:
                 [row[column], cell] if column in row else cell
             )  # fmt: skip
         yield place, row
+
+
+def whole_csv(path: Path, columns: Sequence[str] = ()) -> list[Mapping[str, Any]]:
+    """Every row of a CSV file; `columns` are those of a file that does not name them.
+
+    Raises:
+        DataError: the file is missing or has no header; a row cannot be used.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for _, row in csv_rows(read_text(path), str(path), columns=columns):
+        if isinstance(row, BadRow):
+            raise DataError(str(row))
+        rows.append(row)
+    return rows
 
 
 def jsonl_rows(text: str, name: str) -> Rows:
@@ -112,8 +128,10 @@ def metadata_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
+def read_image_folder(folder: Path, pictures: bool = True) -> Iterator[Example | BadRow]:
     """The examples of a folder with `metadata.csv` or `metadata.jsonl` (the imagefolder convention).
+
+    `pictures=False`: they need not be there.
 
     Raises:
         DataError: the folder has no such file, or two.
@@ -121,4 +139,4 @@ def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
     path = metadata_file(folder)
     if path is None:
         raise DataError(f"{folder} has no metadata.csv or metadata.jsonl (columns file_name and text)")
-    return to_examples(text_rows(path), folder)
+    return to_examples(text_rows(path), picture_finder(folder, needed=pictures))

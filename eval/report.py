@@ -184,7 +184,7 @@ def read_items(report: Path) -> list[dict[str, Any]]:
         DataError: they are missing.
     """
     path = siblings(report, "items")
-    return [json.loads(line) for line in read_text(path).splitlines() if line]
+    return [json.loads(line) for line in read_text(path).split("\n") if line]
 
 
 def digest(texts: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from vlm.conversation import Conversation
 from vlm.data.example import Example
 from vlm.errors import VLMError
 from vlm.eval import controls, prompts, report, runner, tasks
-from vlm.eval.predictions import Prediction, export
+from vlm.eval.predictions import Prediction, export, write_submission
 from vlm.eval.scorers import options
 from vlm.eval.task import Scores, Task
 from vlm.options import apply_common, apply_offline
@@ -156,7 +156,7 @@ class Session:
         scores = self.task.scores(self.examples, texts, java=not self.args.no_java)
         self._write_items(conversations, answers, scores)
         if self.args.submission:
-            report.write_json(self.args.submission, export(self.task, self.examples, texts))
+            write_submission(self.args.submission, export(self.task, self.examples, texts))
         block: dict[str, Any] = {
             "version": report.VERSION,
             "task": self.task.name,

@@ -74,8 +74,11 @@ class Task:
         captions: `score` takes `java=False`, which leaves METEOR and SPICE out.
         answer_key: the name of the answer in the official results format, next to `id_key`.
         data_optional: an installed package carries the data.
+        surplus: official results answer more questions than the split scores: ids of no example are left out
+            of a file of answers, and their number is said on stderr; elsewhere they are refused.
         unparsed: whether an answer cannot be read as one of those that are possible; its rate is reported.
-        submission: examples and answers -> the results format, where it is no list of rows.
+        submission: examples and answers -> the results format, where it is no list of rows; text where it is
+            no JSON.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Task:
     id_key: str = "question_id"
     answer_key: str = "answer"
     data_optional: bool = False
+    surplus: bool = False
     submission: Callable[[Sequence[Example], Sequence[str]], Any] | None = None
     unparsed: Callable[[str, Example], bool] | None = None
 

@@ -36,7 +36,7 @@ def _squeezed(text: str) -> str:
 
 def _similarity(first: str, second: str) -> float:
     longest = max(len(first), len(second))
-    return 1.0 - edit_distance(first, second) / longest if longest else 0.0
+    return 1.0 - edit_distance(first, second) / longest if longest else 1.0
 
 
 def edit_distance(first: str, second: str) -> int:

@@ -12,7 +12,7 @@ from vlm.eval.task import Published, Task
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per question."""
-    return read_dataset("easy-vqa", root, split)
+    return read_dataset("easy-vqa", root, split, pictures=pictures)
 
 
 TASKS = (

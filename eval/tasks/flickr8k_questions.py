@@ -19,7 +19,7 @@ _SHORT = {"max_new_tokens": 12}
 
 def read_all(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """Every generated question of a split."""
-    return questions_from_captions(flickr8k.read(root, split, pictures), seed=SEED)
+    return flickr8k.keyed(questions_from_captions(flickr8k.read(root, split, pictures), seed=SEED))
 
 
 def read_yes_no(root: Path | None, split: str, pictures: bool) -> list[Example]:

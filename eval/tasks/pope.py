@@ -12,7 +12,7 @@ from vlm.eval.metrics.answers import pope_answer, pope_metrics
 from vlm.eval.scorers import half, item_scores, neither
 from vlm.eval.task import Published, Scores, Task
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, field, json_lines, known
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, json_lines, known, text_of
 
 SETTINGS = ("random", "popular", "adversarial")
 
@@ -27,14 +27,14 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     find = Pictures(root, COCO_FOLDERS, pictures)
     examples = []
     for row in rows:
-        examples.append(_example(Entry(path, row, find(str(field(row, "image", path)))), "text", "label"))
+        examples.append(_example(Entry(path, row, find(text_of(row, "image", path))), "text", "label"))
     return examples
 
 
 def _example(entry: Entry, asked: str, said: str) -> Example:
-    id = str(entry["question_id"])
-    label = known(str(entry[said]).strip().lower(), ("yes", "no"), id, entry.where)
-    return make_example(entry.image, str(entry[asked]), [label], id)
+    id = entry.text("question_id")
+    label = known(entry.text(said).strip().lower(), ("yes", "no"), id, entry.where)
+    return make_example(entry.image, entry.text(asked), [label], id)
 
 
 def _accuracy(answer: str, example: Example) -> float:

@@ -18,7 +18,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     part = "val" if split == "dev" else split
     questions = f"v2_OpenEnded_mscoco_{part}2014_questions.json"
     annotations = f"v2_mscoco_{part}2014_annotations.json"
-    return vqa_pairs(root, pictures, [questions], [annotations], part)
+    return vqa_pairs(root, pictures, questions, annotations, part)
 
 
 TASKS = (
