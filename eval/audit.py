@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm.data.example import Example
 from vlm.errors import ConfigError
-from vlm.eval import report, tasks
+from vlm.eval import outputs, report, tasks
 from vlm.eval.main import add_data
 from vlm.eval.metrics.vqa import normalise, punctuation, vqa_accuracy
 from vlm.eval.predictions import read_predictions
@@ -115,6 +115,7 @@ def main(argv: list[str]) -> int:
     task = tasks.get(args.task)
     if task.captions:
         raise ConfigError(f"the audit is about VQA accuracy; {task.name} has captions")
+    outputs.check(args.out, spare=[args.predictions])
     examples = task.examples(args.data, args.split, pictures=False)
     found = audit(examples, read_predictions(args.predictions, task, examples))
     if args.out:

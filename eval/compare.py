@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import DataError
-from vlm.eval import report, stats
+from vlm.eval import outputs, report, stats
 from vlm.eval.task import LOWER_IS_BETTER
 from vlm.options import make_parser
 
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the comparison")
     args = parser.parse_args(argv)
+    outputs.check(args.out, spare=[args.first, args.second])
     found = compare(args.first, args.second)
     if args.out:
         report.write_json(args.out, found)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm.conversation import ImageSource
 from vlm.data.example import Example
-from vlm.eval import report
+from vlm.eval import outputs, report
 from vlm.eval.task import LOWER_IS_BETTER
 from vlm.images import ImageError, open_picture
 
@@ -47,7 +47,8 @@ def write_page(path: Path) -> Path:
     """Writes REPORT.html beside REPORT.json and returns its path."""
     found, items = report.read_report(path), report.read_items(path)
     page = path.with_suffix(".html")
-    page.write_text(render(found, items), encoding="utf-8")
+    with outputs.writing(page):
+        page.write_text(render(found, items), encoding="utf-8")
     return page
 
 

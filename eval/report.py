@@ -20,6 +20,7 @@ import numpy as np
 from vlm.data.convert.common import read_text
 from vlm.data.example import Example
 from vlm.errors import DataError
+from vlm.eval import outputs
 from vlm.eval.predictions import Prediction
 from vlm.eval.task import Scores, Task, official_id, question
 
@@ -34,10 +35,11 @@ def siblings(report: Path, kind: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all; NaN becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with outputs.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
 
 
 def _plain(value: Any) -> Any:
@@ -102,9 +104,10 @@ def items(
 
 def write_items(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with outputs.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def ends(rows: Sequence[Mapping[str, Any]], main: str, count: int) -> tuple[list[int], list[int]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.conversation import Conversation
 from vlm.data.example import Example
 from vlm.errors import VLMError
-from vlm.eval import controls, prompts, report, runner, tasks
+from vlm.eval import controls, outputs, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export
 from vlm.eval.scorers import options
 from vlm.eval.task import Scores, Task
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """
     task = tasks.get(args.task)
     out = args.out or Path("runs") / f"{task.name}.json"
+    outputs.check(out, page=True)
+    outputs.check(args.submission, "--submission", spare=[out])
     apply_offline(args)  # the data may be a hub data set's
     examples = limited(task.examples(args.data, args.split), args.limit)
     apply_common(args)
