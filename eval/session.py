@@ -140,6 +140,10 @@ class Session:
             "scorer": report.scorer_hash(),
         }
         header = {"task": self.task.name, "decoding": decoding, "hashes": hashes | {"scorer": None}}
+        if self.args.restart and runner.rank_and_world()[0] == 0:
+            for control in (None, *controls.RUNS):
+                runner.forget(self._answer_file(control))
+        runner.meet()
         answers = self._answers(conversations, header, None)
         blind = self._control_answers(conversations, header) if self.args.controls == "all" else {}
         if runner.rank_and_world()[0]:
@@ -215,10 +219,6 @@ class Session:
     def _answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any], control: str | None
     ) -> list[Prediction]:
-        path = report.siblings(self.out, f"answers.{control}" if control else "answers")
-        if self.args.restart:
-            for old in (path, *path.parent.glob(f"{path.stem}.*of*.jsonl")):
-                old.unlink(missing_ok=True)
         work = runner.Work(
             [example.id for example in self.examples],
             conversations,
@@ -227,7 +227,10 @@ class Session:
             [options(example) for example in self.examples] if self.likelihood else None,
         )
         title = f"{self.task.name} {control or ''}".strip()
-        return runner.answer_all(self.model, work, path, title, say)
+        return runner.answer_all(self.model, work, self._answer_file(control), title, say)
+
+    def _answer_file(self, control: str | None) -> Path:
+        return report.siblings(self.out, f"answers.{control}" if control else "answers")
 
     def _control_answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any]

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -67,6 +68,28 @@ def test_continues_without_asking_again(tmp_path: Path) -> None:
     assert idle.asked == []
 
 
+def test_another_number_of_processes_continues(tmp_path: Path) -> None:
+    path, todo = tmp_path / "a.jsonl", work(11)
+    whole = run(PARROT.Parrot(), todo, tmp_path / "whole.jsonl")
+    for part, numbers in (("0of2", (0, 2, 4)), ("1of2", (1,)), ("2of3", (2, 5))):
+        file = AnswerFile(tmp_path / f"a.{part}.jsonl", todo.header)
+        file.load()
+        file.append(whole[number] for number in numbers)
+    with (tmp_path / "a.1of2.jsonl").open("a", encoding="utf-8") as cut:
+        cut.write('{"id": "item')
+    again = PARROT.Parrot()
+    assert run(again, todo, path) == whole
+    assert len(again.asked) == 6
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "whole.jsonl"]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_parts_of_another_run_are_not_continued(tmp_path: Path) -> None:
+    AnswerFile(tmp_path / "a.1of2.jsonl", {"seed": 1}).load()
+    with pytest.raises(ConfigError, match=r"a\.1of2\.jsonl holds the answers of another run"):
+        run(PARROT.Parrot(), work(seed=2), tmp_path / "a.jsonl")
+
+
 def test_another_run_is_not_continued(tmp_path: Path) -> None:
     run(PARROT.Parrot(), work(seed=1), tmp_path / "a.jsonl")
     with pytest.raises(ConfigError, match=r"seed was 1, is 2.*--restart"):
@@ -105,8 +128,8 @@ def test_predicted_time_after_a_minute(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert said == ["test: 8/20, 0.1 items/s, 1.5 minutes to go"]
 
 
-def parrot_run(out: Path, die_after: int, batch: int, **env: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(HERE / "parrot.py"), str(out), str(die_after), str(batch)]
+def parrot_run(out: Path, die_after: int, batch: int, *extra: str, **env: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(HERE / "parrot.py"), str(out), str(die_after), str(batch), *extra]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)
 
 
@@ -135,11 +158,15 @@ def test_two_processes_and_batches_give_the_same_report(tmp_path: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    both = [
-        parrot_run(tmp_path / "two.json", 0, 1, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank in (0, 1)
-    ]
+    for name in ("answers", "answers.blank.2of3"):  # another run's, which --restart drops
+        AnswerFile(tmp_path / f"two.{name}.jsonl", {"task": "another"}).load()
+    both = []
+    for rank in (0, 1):
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
+        both.append(parrot_run(tmp_path / "two.json", 0, 1, "--restart", **numbers))
+        time.sleep(1)  # the second process begins late; it must not drop what the first has written
     assert [each.wait(timeout=120) for each in both] == [0, 0]
+    assert not list(tmp_path.glob("two.*of*.jsonl"))
     assert report(tmp_path / "two.json") == report(tmp_path / "one.json")
 
 
