@@ -46,6 +46,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         raise DataError("the reports are of different data (questions or references differ)")
     if a["hashes"]["scorer"] != b["hashes"]["scorer"]:
         raise DataError("the reports are of different scorers: score one again with `vlm eval score`")
+    # Answers that came from a file were scored without pictures.
+    pictures = {one["hashes"].get("pictures") for one in (a, b)} - {None}
     ours = {row["id"]: row for row in report.read_items(first)}
     theirs = {row["id"]: row for row in report.read_items(second)}
     if ours.keys() != theirs.keys():
@@ -85,6 +87,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         "metrics": metrics,
         "answers_differ": len(changed),
         "near_ties": _near_ties(changed),
+        "same_pictures": len(pictures) < 2,
         "flipped": flipped,
     }
 
@@ -102,6 +105,8 @@ def _near_ties(changed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int 
 
 def _show(found: dict[str, Any], count: int) -> None:
     print(f"{found['task']}, {found['split']}, {found['n']} items, B minus A")
+    if not found["same_pictures"]:
+        print("  the pictures differ: the same questions were asked about other picture files")
     for name, row in found["metrics"].items():
         low, high = row["interval"]
         print(

@@ -50,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--controls", choices=("all", "none"), default="all", help="default: all")
     parser.add_argument("--limit", type=positive, metavar="N", help="only N examples: not comparable")
-    parser.add_argument(
-        "--shots", type=positive, default=0, metavar="K", help="K solved examples before each"
-    )
+    parser.add_argument("--shots", type=count, default=0, metavar="K", help="K solved examples before each")
     parser.add_argument(
         "--shot-labels", choices=("true", "random"), default="true", help="answers of the shots"
     )
@@ -76,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--maps",
-        type=positive,
+        type=count,
         default=0,
         metavar="N",
         help="draw where the model looked on the page's N best and N worst items",
@@ -103,6 +101,13 @@ def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 

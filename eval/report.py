@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from vlm.conversation import Conversation
 from vlm.data.convert.common import read_text
 from vlm.data.example import Example
+from vlm.data.splits import image_key
 from vlm.errors import DataError
 from vlm.eval import outputs
 from vlm.eval.predictions import Prediction
@@ -203,6 +205,38 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest(
         part for example in examples for part in (example.id, question(example), *example.answers, "")
     )
+
+
+def picture_hash(examples: Iterable[Example | Conversation]) -> str:
+    """Of the pictures' contents, in order: what was looked at. A file is read once.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    files: dict[str, str] = {}
+    held: dict[int, str] = {}  # by identity: neighbouring rows share one picture's bytes
+    found = []
+    for example in examples:
+        for image in example.images:
+            if not isinstance(image, str | Path):
+                if id(image) not in held:
+                    held[id(image)] = image_key(image)
+                found.append(held[id(image)])
+                continue
+            name = str(image)
+            if name not in files:
+                files[name] = _file_hash(Path(image))
+            found.append(files[name])
+        found.append("")
+    return digest(found)
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"the picture {path} cannot be read: {error.strerror or error}") from None
 
 
 def scorer_hash() -> str:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     outputs.check(out, page=True)
     outputs.check(args.submission, "--submission", spare=[out])
     apply_offline(args)  # the data may be a hub data set's
-    examples = limited(task.examples(args.data, args.split), args.limit)
+    examples = task.examples(args.data, args.split)
     apply_common(args)
     model = _model(args)
     started = time.monotonic()
@@ -95,7 +95,10 @@ class Session:
     def __init__(
         self, task: Task, args: argparse.Namespace, model: VLM, out: Path, examples: list[Example]
     ) -> None:
-        self.task, self.args, self.model, self.out, self.examples = task, args, model, out, examples
+        """`examples` are all of the split; where the options say so, `limited` takes some of them."""
+        self.task, self.args, self.model, self.out = task, args, model, out
+        self.examples = limited(examples, args.limit)
+        self.whole = len(self.examples) == len(examples)
         self.generation = self._generation()
         self._train: list[Example] | VLMError | None = None
 
@@ -136,10 +139,13 @@ class Session:
         words = ["\n".join(turn.role + ": " + turn.text for turn in each.turns) for each in conversations]
         hashes = dict(self.model.hashes) | {
             "data": report.data_hash(self.examples),
+            "pictures": report.picture_hash(self.examples),
             "prompt": report.digest(words),
             "scorer": report.scorer_hash(),
         }
         header = {"task": self.task.name, "decoding": decoding, "hashes": hashes | {"scorer": None}}
+        if self.args.shots:
+            header["shots"] = report.picture_hash(conversations)
         if self.args.restart and runner.rank_and_world()[0] == 0:
             for control in (None, *controls.RUNS):
                 runner.forget(self._answer_file(control))
@@ -168,8 +174,8 @@ class Session:
             "task": self.task.name,
             "split": self.task.canonical(self.args.split),
             "n": len(self.examples),
-            "comparable": self.args.limit is None,
-            "limit": self.args.limit,
+            "comparable": self.whole,
+            "limit": None if self.whole else self.args.limit,
             "adapter": str(self.model.adapter_name),
             "main_metric": scores.main,
             **report.scores_block(scores),
@@ -208,13 +214,14 @@ class Session:
         report.write_items(report.siblings(self.out, "items"), rows)
 
     def _conversations(self) -> list[Conversation]:
-        if self.task.choices and not self.likelihood:
+        lettered = self.task.choices and not self.likelihood
+        if lettered:
             base: list[Conversation] = [prompts.with_options(example) for example in self.examples]
         else:
             base = [Conversation(e.images, e.turns) for e in self.examples]
         if not self.args.shots:
             return base
-        return prompts.with_shots(self, base, self.train())
+        return prompts.with_shots(self, base, self.train(), lettered)
 
     def _answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any], control: str | None
