@@ -27,6 +27,7 @@ from vlm.eval.predictions import Prediction
 from vlm.eval.task import Scores, Task, official_id, question
 
 VERSION = 1
+_FIELDS = {"task": str, "split": str, "main_metric": str, "metrics": dict, "hashes": dict}
 NEAR_TIE = 1e-3  # margin, in natural-log probability, below which the last bits of a sum may decide
 
 
@@ -171,14 +172,17 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report that `vlm eval` wrote.
 
     Raises:
-        DataError: it is missing, not JSON or no report.
+        DataError: it is missing, not JSON or no report; what it lacks is named.
     """
     try:
         found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
-    if not isinstance(found, dict) or "metrics" not in found or "task" not in found:
-        raise DataError(f"{path} is no report of vlm eval")
+    for name, kind in _FIELDS.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise DataError(f"{path} is no report of vlm eval: it has no {name!r}")
+    if found["main_metric"] not in found["metrics"]:
+        raise DataError(f"{path} is no report of vlm eval: it has no score of {found['main_metric']!r}")
     return found
 
 
@@ -186,10 +190,23 @@ def read_items(report: Path) -> list[dict[str, Any]]:
     """The items beside a report.
 
     Raises:
-        DataError: they are missing.
+        DataError: they are missing, or a line cannot be read.
     """
     path = siblings(report, "items")
-    return [json.loads(line) for line in read_text(path).splitlines() if line]
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # answers may hold other line ends
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("scores"), dict) or "id" not in row:
+            raise DataError(f"{path}, line {number} is no item of a report: an id and scores are needed")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} holds no items")
+    return rows
 
 
 def digest(texts: Iterable[str]) -> str:

@@ -20,7 +20,6 @@ from vlm.conversation import Conversation
 from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import controls, prompts, runner, session, tasks
-from vlm.eval import report as report_
 from vlm.eval.main import _parser
 from vlm.eval.predictions import AnswerFile, Prediction
 
@@ -380,18 +379,6 @@ def test_other_pictures_under_the_same_names_are_asked_about_again(tmp_path: Pat
     else:
         with pytest.raises(ConfigError, match=r"another run \(shots was "):
             go(9, 2, 3)
-
-
-def test_the_pictures_hash_is_of_contents(tmp_path: Path) -> None:
-    names = [tmp_path / "a.png", tmp_path / "b.png"]
-    for name in names:
-        name.write_bytes(b"one")
-    both = [report_.picture_hash([Conversation.ask([name], "q")]) for name in names]
-    assert both[0] == both[1] == report_.picture_hash([Conversation.ask([b"one"], "q")])
-    assert report_.picture_hash([Conversation.ask([b"two"], "q")]) != both[0]
-    names[0].unlink()
-    with pytest.raises(DataError, match=r"a\.png cannot be read"):
-        report_.picture_hash([Conversation.ask([names[0]], "q")])
 
 
 def test_choices_by_likelihood_and_by_letter(tmp_path: Path) -> None:
