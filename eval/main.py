@@ -112,16 +112,23 @@ def count(text: str) -> int:
 
 
 def show_list() -> None:
-    """Prints every task: splits, main metric, chance, published figures with sources."""
+    """Prints every task: splits, main metric, chance, published figures with sources.
+
+    Chance is a function of the examples; without data its rule stands here, the report has the number.
+    """
     from rich.console import Console
     from rich.table import Table
 
+    from vlm.eval.scorers import choice_chance, half, uniform_chance
+
+    rules = {half: "50", choice_chance: "100 / own choices", uniform_chance: "100 / all answers"}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("task", "what", "splits (default first)", "published"):
+    for column in ("task", "what", "splits (default first)", "main metric", "chance, %", "published"):
         table.add_column(column, overflow="fold")
     for name in tasks.TASKS:
         task = tasks.get(name)
         splits = [task.split, *(split for split in task.splits if split != task.split)]
         figures = "\n".join(f"{p.metric} {p.value:g} ({p.source})" for p in task.published)
-        table.add_row(name, task.about, ", ".join(splits), figures or "-")
+        chance = rules.get(task.chance, "-")
+        table.add_row(name, task.about, ", ".join(splits), task.main, chance, figures or "-")
     Console(width=None if sys.stdout.isatty() else 160).print(table)

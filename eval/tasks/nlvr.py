@@ -39,6 +39,7 @@ TASKS = (
         name="nlvr",
         about="is a sentence true of a picture of shapes?",
         read=read,
+        main="accuracy",
         score=item_scores({"accuracy": _right}),
         split="dev",
         splits=("train", "dev", "test"),

@@ -63,6 +63,7 @@ TASKS = (
         name="pope",
         about="is there an X? objects that are not there",
         read=read,
+        main="accuracy",
         score=score,
         split="adversarial",
         splits=SETTINGS,
