@@ -322,4 +322,9 @@ def show(block: Mapping[str, Any], out: Path) -> None:
         print(f"  {name + ' answers':<20} {value:7.2f} %")
     if block.get("near_ties") is not None:
         print(f"  {'near ties':<20} {block['near_ties']:4d}      (the two best within {report.NEAR_TIE:g})")
+    if block.get("contamination"):
+        from vlm.eval.contamination import lines
+
+        for line in lines(block["contamination"], main):
+            print(f"  {line}")
     print(f"report: {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm.conversation import ImageSlot, Turn
 from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import contamination, tasks
 from vlm.eval.audit import PROTOCOLS, audit
 from vlm.eval.main import main
 from vlm.eval.predictions import export
+from vlm.eval.session import show
 from vlm.images import Picture
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -108,6 +111,35 @@ def draw(path: Path, corner: int, **save: Any) -> Path:
     pixels.paste((200, corner, 40), (corner % 64, corner // 4, 96, 64))
     pixels.save(path, **save)
     return path
+
+
+def test_contamination_looks_at_every_picture_of_an_item(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    clean, leaked, third = (draw(tmp_path / f"{n}.png", n) for n in (120, 10, 60))
+    draw(train / "a.jpg", 10, quality=70)
+    pair = replace(
+        make_example(clean, "same?", ["x"], "1"),
+        images=(clean, leaked),
+        turns=(Turn("user", (ImageSlot(0), ImageSlot(1), "same?")),),
+    )
+    examples = [pair, make_example(third, "what?", ["y"], "2")]
+    session = SimpleNamespace(
+        examples=examples, model=Eyes(), task=tasks.get("folder-vqa"), train=lambda: examples
+    )
+    found = contamination.overlap(session, train, ["x", "y"])  # type: ignore[arg-type]
+    assert (found["pictures"], found["examples"], found["without"]["n"]) == (1, 1, 1)
+    assert contamination.lines(found, "exact_match") == [
+        "1 pictures of 1 examples are among 1 training pictures",
+        "exact_match of the 1 other examples: 100.00 (95 % 100.00 to 100.00)",
+        "100.0 % of the questions are asked in training, word for word",
+    ]
+    block = {"task": "t", "split": "s", "n": 2, "comparable": True, "metrics": {}, "intervals": {}}
+    block |= {"main_metric": "exact_match", "controls": {}, "skipped": {}, "rates": {}}
+    show(block | {"contamination": found}, tmp_path)
+    assert "  exact_match of the 1 other examples: 100.00" in capsys.readouterr().out
 
 
 def test_contamination_counts_look_alikes_and_scores_without_them(tmp_path: Path) -> None:
