@@ -4,6 +4,7 @@ vlm eval flickr8k --data DIR --out runs/flickr8k.json
 vlm eval --list
 vlm eval score vqav2 --data DIR --predictions FILE --out REPORT.json
 vlm eval compare A.json B.json
+vlm eval audit REPORT.json
 vlm eval audit vqav2 --data DIR --predictions FILE
 vlm eval calibrate REPORT.json --target 0.8
 """

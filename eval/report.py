@@ -98,6 +98,8 @@ def items(
             "answer": answer,
             "scores": {name: float(values[number]) for name, values in scores.per_item.items()},
         }
+        if "confidences" in example.meta:  # of VizWiz's annotators; other harnesses score by them
+            row["confidences"] = example.meta["confidences"]
         if predictions:
             said = predictions[number]
             row |= {"logprob": said.logprob, "confidence": said.confidence, "margin": said.margin}
@@ -186,11 +188,14 @@ def read_report(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_items(report: Path) -> list[dict[str, Any]]:
+def read_items(report: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The items beside a report.
 
+    Args:
+        needed: what every item must have besides its id and scores.
+
     Raises:
-        DataError: they are missing, or a line cannot be read.
+        DataError: they are missing, a line cannot be read, or an item lacks something.
     """
     path = siblings(report, "items")
     rows = []
@@ -203,6 +208,8 @@ def read_items(report: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
         if not isinstance(row, dict) or not isinstance(row.get("scores"), dict) or "id" not in row:
             raise DataError(f"{path}, line {number} is no item of a report: an id and scores are needed")
+        if lacking := [name for name in needed if name not in row]:
+            raise DataError(f"{path}, line {number}: the item {row['id']} has no {lacking[0]!r}")
         rows.append(row)
     if not rows:
         raise DataError(f"{path} holds no items")

@@ -18,7 +18,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import contamination, tasks
 from vlm.eval.audit import PROTOCOLS, audit
 from vlm.eval.main import main
-from vlm.eval.predictions import export
+from vlm.eval.predictions import AnswerFile, Prediction, export
 from vlm.eval.session import show
 from vlm.images import Picture
 
@@ -86,6 +86,50 @@ def test_audit_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["audit", "vqav2", *arguments]) == 0
     assert "all say 'red'" in capsys.readouterr().out
     assert json.loads(out.read_text(encoding="utf-8"))["n"] == 12
+
+
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
+def test_a_run_is_audited_by_its_own_files(name: str, tmp_path: Path) -> None:
+    """Without task and data, and to the same scores as with them."""
+    task = tasks.get(name)
+    examples = task.examples(FIXTURES / name)
+    answers = [f"the {e.answers[0]}" if n % 2 else e.answers[0] for n, e in enumerate(examples)]
+    data, results, out = FIXTURES / name, tmp_path / "p.json", tmp_path / "r.json"
+    results.write_text(json.dumps(export(task, examples, answers)), encoding="utf-8")
+    anyone = ["--data", str(data), "--predictions", str(results)]
+    assert main(["score", name, *anyone, "--out", str(out), "--no-html"]) == 0
+    said = AnswerFile(tmp_path / "r.answers.blank.jsonl", {"task": name})
+    said.load()
+    said.append(Prediction(e.id, "red", -1.0, 2, "stop") for e in examples)
+    found = {}
+    for label, arguments in {
+        "named": [name, *anyone],
+        "report": [str(out)],
+        "items": [str(tmp_path / "r.items.jsonl")],
+        "blank": [str(tmp_path / "r.answers.blank.jsonl")],
+    }.items():
+        assert main(["audit", *arguments, "--out", str(tmp_path / "audit.json")]) == 0
+        found[label] = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert found["named"] == found["report"] == found["items"]
+    assert found["blank"]["scores"] == pytest.approx(audit(examples, ["red"] * 12)["scores"])
+    assert found["blank"]["scores"] != found["named"]["scores"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.json", '[{"question_id": 1, "answer": "a"}]', "no report of vlm eval.*audit TASK --data DIR"),
+        ("r.answers.jsonl", "{}", r"r\.json is missing; .*audit TASK --data DIR"),
+        ("vqav2", None, "vqav2 is missing; .*--predictions FILE"),
+    ],
+)
+def test_answers_without_a_report_want_their_task(
+    name: str, text: str | None, message: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        main(["audit", str(tmp_path / name)])
 
 
 def test_captions_are_not_audited(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_what_is_no_report_is_refused(block: Any, message: str, tmp_path: Path) 
     [
         ('{"id": "1", ', r"items\.jsonl, line 2 is not JSON"),
         ("[1]", r"items\.jsonl, line 2 is no item of a report"),
-        ('{"id": "1", "scores": {}}', "1 has no 'answer'"),
+        ('{"id": "1", "scores": {}}', r"line 2: the item 1 has no 'question'"),
     ],
 )
 def test_damaged_items_are_refused(line: str, message: str, tmp_path: Path) -> None:
