@@ -122,7 +122,11 @@ def show_list() -> None:
 
     from vlm.eval.scorers import choice_chance, half, uniform_chance
 
-    rules = {half: "50", choice_chance: "100 / own choices", uniform_chance: "100 / all answers"}
+    rules: dict[object, str] = {
+        half: "50",
+        choice_chance: "100 / own choices",
+        uniform_chance: "100 / all answers",
+    }
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("task", "what", "splits (default first)", "main metric", "chance, %", "published"):
         table.add_column(column, overflow="fold")
