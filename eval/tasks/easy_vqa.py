@@ -20,6 +20,7 @@ TASKS = (
         name="easy-vqa",
         about="shapes and colours, 13 answers",
         read=read,
+        main="exact_match",
         score=exact_scores,
         split="test",
         splits=("train", "train-rest", "dev", "test"),

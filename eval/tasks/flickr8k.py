@@ -32,6 +32,7 @@ TASKS = (
         name="flickr8k",
         about="captions of photographs, 5 references",
         read=read,
+        main="cider",
         score=object_caption_scores,
         captions=True,
         split="dev",

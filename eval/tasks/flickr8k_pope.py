@@ -24,6 +24,7 @@ TASKS = (
         name="flickr8k-pope",
         about="is there an X? random, popular and adversarial negatives made from captions",
         read=read,
+        main="accuracy",
         score=pope.score,
         split="dev",
         splits=("train", "dev", "test"),

@@ -142,6 +142,7 @@ TASKS = (
         name="folder-vqa",
         about="your own questions: metadata.csv or .jsonl beside the pictures",
         read=read_questions,
+        main="exact_match",
         score=item_scores(
             {"exact_match": exact, "accuracy_strict": strict, "accuracy_normalised": normalised}
         ),
@@ -153,6 +154,7 @@ TASKS = (
         name="folder-caption",
         about="your own captions: metadata.csv or .jsonl beside the pictures",
         read=read_captions,
+        main="cider",
         score=caption_scores,
         captions=True,
         split="test",

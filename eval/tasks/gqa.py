@@ -59,6 +59,7 @@ TASKS = (
         name="gqa",
         about="compositional questions, balanced",
         read=read,
+        main="accuracy",
         score=item_scores({"accuracy": equal, "exact_match": exact}),
         split="testdev",
         splits=("train", "dev", "testdev"),

@@ -289,5 +289,10 @@ def karpathy(
 
 def caption_task(name: str, about: str, **rest: Any) -> Task:
     """A captioning task with the usual decoding and the official results format."""
-    usual: dict[str, Any] = {"score": caption_scores, "captions": True, "generation": CAPTION_DECODING}
+    usual: dict[str, Any] = {
+        "main": "cider",
+        "score": caption_scores,
+        "captions": True,
+        "generation": CAPTION_DECODING,
+    }
     return Task(name=name, about=about, id_key="image_id", answer_key="caption", **(usual | rest))

@@ -76,6 +76,7 @@ TASKS = (
         name="nlvr",
         about="is a sentence true of a picture of shapes?",
         read=read,
+        main="accuracy",
         score=score,
         split="dev",
         splits=("train", "dev", "test"),

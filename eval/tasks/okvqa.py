@@ -27,6 +27,7 @@ TASKS = (
         name="okvqa",
         about="questions that need outside knowledge, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=vqa_scores,
         split="test",
         splits=("train", "test"),

@@ -55,6 +55,7 @@ TASKS = (
         name="scienceqa-img",
         about="school questions with a picture, 2 to 5 choices",
         read=read,
+        main="accuracy",
         score=choice_scores,
         split="test",
         splits=("train", "dev", "test"),

@@ -40,6 +40,7 @@ TASKS = (
         name="textvqa",
         about="questions that need reading, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=item_scores({"accuracy_strict": strict, "accuracy_normalised": normalised, "anls": _anls}),
         split="dev",
         splits=("train", "dev"),

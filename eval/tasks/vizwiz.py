@@ -49,6 +49,7 @@ TASKS = (
         name="vizwiz",
         about="questions by blind people about their photographs, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=vqa_scores,
         split="dev",
         splits=("train", "dev"),

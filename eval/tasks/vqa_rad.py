@@ -58,6 +58,7 @@ TASKS = (
         name="vqa-rad",
         about="radiology, yes/no and open questions",
         read=read,
+        main="exact_match",
         score=item_scores(
             {
                 "exact_match": exact,

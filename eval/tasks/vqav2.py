@@ -26,6 +26,7 @@ TASKS = (
         name="vqav2",
         about="open questions about COCO pictures, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=vqa_scores,
         split="dev",
         splits=("train", "dev"),

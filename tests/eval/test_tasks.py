@@ -74,7 +74,7 @@ def test_reads_and_scores(
     assert all(Path(image).is_file() for example in examples for image in example.images)
     right = task.scores(examples, [example.answers[0] for example in examples], java=False)
     wrong = task.scores(examples, ["zzz"] * count, java=False)
-    assert right.main == main_metric
+    assert right.main == main_metric == task.main
     if first is not None:
         assert right.metrics[main_metric] == pytest.approx(first, abs=0.1)
     assert right.metrics[main_metric] > wrong.metrics[main_metric] or count == 1
@@ -326,11 +326,28 @@ def test_unknown_task_and_split_name_the_nearest() -> None:
         tasks.get("vqav2").examples(None)
 
 
+@pytest.mark.parametrize("name", ["val", "VAL", "valid", "Validation", "val2014", "val_2017", "dev", " Dev"])
+def test_split_names(name: str) -> None:
+    task = tasks.get("vqav2")
+    assert task.canonical(name) == "dev"
+    assert len(task.examples(FIXTURES / "vqav2", name)) == 12
+    assert task.canonical("train2014") == task.canonical("Training") == "train"
+
+
+@pytest.mark.parametrize("name", ["val", "val2014", "testdev", "x"])
+def test_an_unknown_split_is_called_what_was_typed(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"okvqa has no split '{name}'; it has train, test$"):
+        tasks.get("okvqa").examples(FIXTURES / "okvqa", name)
+
+
 def test_list_shows_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     shown = capsys.readouterr().out
     for name in tasks.TASKS:
         assert name in shown
+        assert tasks.get(name).main in shown
+    for chance in ("50", "100 / own choices", "100 / all answers"):
+        assert f" {chance} " in shown
     assert "Tanti et al. 2018" in shown
 
 
