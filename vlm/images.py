@@ -257,12 +257,12 @@ def _loaded(image: ImageFile.ImageFile, label: str, limits: Limits) -> Image.Ima
 def _memory(image: ImageFile.ImageFile, facts: Facts, limits: Limits) -> int:
     """Bytes that it will take to load, finish and turn a picture whose header has been read."""
     pixels = image.width * image.height
+    beside = 16 * min(pixels, STRIP_PIXELS) + facts.length
+    if facts.kind == "WebP":  # two canvases, a frame, and what Pillow makes of it
+        return 16 * pixels + beside
     loaded = pixels * PIXEL_BYTES.get(image.mode, 4)
-    if facts.kind == "WebP":  # two canvases and a copy of one
-        loaded += pixels * 12
     kept = 4 * pixels // _factor(image.size, limits.keep_pixels) ** 2
-    strips = 16 * min(pixels, STRIP_PIXELS)
-    return max(loaded + facts.coefficients + kept, 2 * kept) + strips + facts.length
+    return max(loaded + facts.coefficients + kept, 2 * kept) + beside
 
 
 def _from_pillow(image: Image.Image, label: str, limits: Limits) -> Picture:
