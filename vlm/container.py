@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Kind = Literal["JPEG", "PNG", "GIF", "WebP"]
+Kind = Literal["JPEG", "PNG", "GIF", "WEBP"]
 
 MAX_PIECES: Final = 2_000
 """Segments, chunks or extensions besides those that hold pixels."""
@@ -55,6 +55,8 @@ class Facts:
     kind: Kind
     length: int
     """Bytes that the decoder is given."""
+    size: tuple[int, int]
+    """Width and height; of a damaged file any numbers."""
     turn: int = 1
     """EXIF orientation, 1 to 8."""
     coefficients: int = 0
@@ -120,7 +122,7 @@ def _jpeg(content: bytes) -> tuple[bytes, Facts]:
             if not scans and (not frame.sequential or content[start + 4] < frame.channels):
                 coefficients = frame.coefficients
             scans += 1
-            if scans > min(MAX_SCANS, max(20, MAX_SCANNED // max(1, frame.pixels))):
+            if scans > min(MAX_SCANS, max(20, MAX_SCANNED // max(1, frame.size[0] * frame.size[1]))):
                 raise Refused("has more scans than a picture of its size is given: save it again")
             end = _SCAN_END.search(content, place)
             place = end.start() if end else len(content)
@@ -131,7 +133,7 @@ def _jpeg(content: bytes) -> tuple[bytes, Facts]:
     else:
         raise _too_many()
     picture = _joined(content, spans)
-    return picture, Facts("JPEG", len(picture), turn or 1, coefficients)
+    return picture, Facts("JPEG", len(picture), frame.size, turn or 1, coefficients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class _Frame:
 
     sequential: bool = True
     channels: int = 0
-    pixels: int = 0
+    size: tuple[int, int] = (0, 0)
     coefficients: int = 0
 
     @classmethod
@@ -151,7 +153,7 @@ class _Frame:
         across, down = -(-width // (8 * most_x)), -(-height // (8 * most_y))
         # Of every 8 x 8 pixels of a channel 64 coefficients of 2 bytes; coarse channels have fewer.
         blocks = across * down * sum(x * y for x, y in shares)
-        return cls(marker in _SEQUENTIAL, channels, width * height, 128 * blocks)
+        return cls(marker in _SEQUENTIAL, channels, (width, height), 128 * blocks)
 
 
 def _png(content: bytes) -> tuple[bytes, Facts]:
@@ -188,8 +190,9 @@ def _png(content: bytes) -> tuple[bytes, Facts]:
         place = end
     else:
         raise _too_many()
+    width, height = _numbers(">II", content, 16)
     picture = _joined(content, spans, tail=tail)
-    return picture, Facts("PNG", len(picture), turn)
+    return picture, Facts("PNG", len(picture), (width, height), turn)
 
 
 def _gif(content: bytes) -> tuple[bytes, Facts]:
@@ -204,6 +207,10 @@ def _gif(content: bytes) -> tuple[bytes, Facts]:
         start = found.start()
         if content[start : start + 1] != b"!":
             spans.append((start, len(content)))
+            # A frame may reach beyond the screen.
+            x, y, across, down = _numbers("<4H", content, start + 1)
+            width, height = _numbers("<2H", content, 6)
+            size = max(width, x + across), max(height, y + down)
             break
         place = _after_blocks(content, start + 2)
         if content[start + 1 : start + 2] == b"\xf9":
@@ -211,7 +218,7 @@ def _gif(content: bytes) -> tuple[bytes, Facts]:
     else:
         raise _too_many()
     picture = _joined(content, spans)
-    return picture, Facts("GIF", len(picture))
+    return picture, Facts("GIF", len(picture), size)
 
 
 def _after_blocks(content: bytes, place: int) -> int:
@@ -232,7 +239,7 @@ def _webp(content: bytes) -> tuple[bytes, Facts]:
     if stop > len(content):
         raise EOFError
     spans: list[tuple[int, int]] = []
-    place, turn, notes, shown = 12, 1, 0, False
+    place, turn, notes, shown, size = 12, 1, 0, False, (0, 0)
     for _ in range(MAX_DATA):
         if place + 8 > stop:
             break
@@ -247,12 +254,34 @@ def _webp(content: bytes) -> tuple[bytes, Facts]:
             turn = _orientation(content[start + 8 : place])
         elif kind in (b"VP8X", b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF") and not shown:
             spans.append((start, min(place, stop)))
+            size = size if any(size) else _canvas(kind, content, start + 8)
             shown = kind in (b"VP8 ", b"VP8L", b"ANMF")
     else:
         raise _too_many()
-    size = 4 + sum(end - start for start, end in spans)
-    picture = _joined(content, spans, head=b"RIFF" + size.to_bytes(4, "little") + b"WEBP")
-    return picture, Facts("WebP", len(picture), turn)
+    length = 4 + sum(end - start for start, end in spans)
+    picture = _joined(content, spans, head=b"RIFF" + length.to_bytes(4, "little") + b"WEBP")
+    return picture, Facts("WEBP", len(picture), size, turn)
+
+
+def _canvas(kind: bytes, content: bytes, place: int) -> tuple[int, int]:
+    """Width and height as a chunk of WebP has them, (0, 0) where it has none."""
+    if kind == b"VP8X":
+        low_x, high_x, low_y, high_y = _numbers("<4xHBHB", content, place)
+        return (high_x << 16 | low_x) + 1, (high_y << 16 | low_y) + 1
+    if kind == b"VP8L":
+        (bits,) = _numbers("<xI", content, place)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        width, height = _numbers("<6xHH", content, place)
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _numbers(layout: str, content: bytes, place: int) -> tuple[int, ...]:
+    """Whole numbers at a place; EOFError where the file ends before them."""
+    if place + struct.calcsize(layout) > len(content):
+        raise EOFError
+    return struct.unpack_from(layout, content, place)
 
 
 def _orientation(exif: bytes) -> int:

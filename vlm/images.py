@@ -44,7 +44,6 @@ UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 STRIP_PIXELS: Final = 1 << 20
-PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # 4 of all other modes
 MEMORY: Final = 280 << 20
 """Bytes that all decoding in this process may take together."""
 # Classes that are called, and not Image.open, whose warning about large pictures would come before our check.
@@ -52,7 +51,7 @@ READERS: Final[dict[Kind, type[ImageFile.ImageFile]]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
     "GIF": GifImageFile,
-    "WebP": WebPImageFile,
+    "WEBP": WebPImageFile,
 }
 # What Pillow's readers raise on bytes that are not what they claim to be.
 DECODER_ERRORS: Final = (
@@ -146,10 +145,10 @@ def open_picture(
         raise _too_many_bytes(label, limits)
     digest, cut_off = hashlib.sha256(content).hexdigest(), ends_early(content)
     try:
-        content, facts = _parts(content, label)
-        image = _opened(content, facts, label, limits)
-        del content  # what is no longer needed makes room for the pixels
-        with _ROOM.taken(_memory(image, facts, limits)):
+        content, facts = _parts(content, label, limits)
+        with _ROOM.taken(_memory(facts, limits)):
+            image = READERS[facts.kind](BytesIO(content))
+            del content  # what is no longer needed makes room for the pixels
             pixels = _loaded(image, label, limits)
             del image
             return Picture(_turned(pixels, facts.turn), digest, label)
@@ -226,42 +225,40 @@ class _Room:
 _ROOM: Final = _Room(MEMORY)
 
 
-def _parts(content: bytes, label: str) -> tuple[bytes, Facts]:
+def _parts(content: bytes, label: str, limits: Limits) -> tuple[bytes, Facts]:
+    """What is decoded of a file and what is known of it, where that is within the limits."""
     if (parts := parts_of(content)) is None:
         raise ImageError("format", f"{label} is {guess(content)}: JPEG, PNG, WebP and GIF are read")
-    return parts
-
-
-def _opened(content: bytes, facts: Facts, label: str, limits: Limits) -> ImageFile.ImageFile:
-    """An image whose header has been read and found to be within the limits."""
-    image = READERS[facts.kind](BytesIO(content))
-    _check_size(image, label, limits)
+    facts = parts[1]
+    _check_bounds(facts.size, facts.kind, label, limits)
     if facts.coefficients > limits.max_coefficients:
         raise ImageError(
             "too_large",
-            f"{label} claims {image.width} x {image.height} pixels in a JPEG of several scans, which takes "
-            "too much memory: save it smaller, or not as progressive",
+            f"{label} claims {facts.size[0]} x {facts.size[1]} pixels in a JPEG of several scans, "
+            "which takes too much memory: save it smaller, or not as progressive",
         )
-    if image.width * image.height > limits.keep_pixels:
-        image.draft(None, _halved(image.size, limits.keep_pixels))  # JPEG decodes straight to 1/2, 1/4, 1/8
-    return image
+    return parts
 
 
 def _loaded(image: ImageFile.ImageFile, label: str, limits: Limits) -> Image.Image:
-    """The first frame, decoded; RGB within the limits."""
+    """The first frame of an image whose header has been read; RGB within the limits."""
+    _check_size(image, label, limits)
+    if image.width * image.height > limits.keep_pixels:
+        image.draft(None, _halved(image.size, limits.keep_pixels))  # JPEG decodes straight to 1/2, 1/4, 1/8
     image.load()
-    _check_size(image, label, limits)  # a GIF frame may reach beyond the screen that its header gave
+    _check_size(image, label, limits)
     return _finish(image, limits)
 
 
-def _memory(image: ImageFile.ImageFile, facts: Facts, limits: Limits) -> int:
-    """Bytes that it will take to load, finish and turn a picture whose header has been read."""
-    pixels = image.width * image.height
+def _memory(facts: Facts, limits: Limits) -> int:
+    """Bytes that it will take to load, finish and turn a picture, at 4 a pixel in every mode."""
+    pixels = facts.size[0] * facts.size[1]
     beside = 16 * min(pixels, STRIP_PIXELS) + facts.length
-    if facts.kind == "WebP":  # two canvases, a frame, and what Pillow makes of it
+    if facts.kind == "WEBP":  # two canvases, a frame, and what Pillow makes of it
         return 16 * pixels + beside
-    loaded = pixels * PIXEL_BYTES.get(image.mode, 4)
-    kept = 4 * pixels // _factor(image.size, limits.keep_pixels) ** 2
+    factor = _factor(facts.size, limits.keep_pixels)
+    kept = 4 * pixels // factor**2
+    loaded = 4 * pixels // (min(factor, 8) ** 2 if facts.kind == "JPEG" else 1)
     return max(loaded + facts.coefficients + kept, 2 * kept) + beside
 
 
@@ -286,8 +283,13 @@ def _check_size(image: Image.Image, label: str, limits: Limits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError("empty", f"{label} has no pixels ({width} x {height})")
+    _check_bounds(image.size, image.format, label, limits)
+
+
+def _check_bounds(size: tuple[int, int], kind: str | None, label: str, limits: Limits) -> None:
+    width, height = size
     allowed = limits.max_pixels
-    if isinstance(image, WebPImageFile):
+    if kind == "WEBP":
         allowed = min(allowed, limits.max_webp_pixels)
     if width * height > allowed or max(width, height) > limits.max_side:
         raise ImageError(
