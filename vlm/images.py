@@ -3,15 +3,18 @@
     open_picture("photo.jpg").pixels  ->  an upright RGB picture without transparency
 
 JPEG, PNG, WebP and GIF only, told apart by their first bytes and never by a name. The size that the
-header claims is checked before anything is decoded. Everything that can go wrong with the bytes is an
-`ImageError`, whose message is one line.
+header claims is checked before anything is decoded, and Pillow sees no more of a file than its first
+picture. Everything that can go wrong with the bytes is an `ImageError`, whose message is one line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,13 +26,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from vlm.container import Facts, Kind, Refused, ends_early, guess, parts_of
 from vlm.errors import VLMError
 
 Code = Literal["missing", "empty", "format", "truncated", "too_large", "damaged"]
 Source = str | Path | bytes | Image.Image
 
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
-PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
 ORIENTATION: Final = 0x0112
 UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,6 +44,15 @@ UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 STRIP_PIXELS: Final = 1 << 20
+MEMORY: Final = 280 << 20
+"""Bytes that all decoding in this process may take together."""
+# Classes that are called, and not Image.open, whose warning about large pictures would come before our check.
+READERS: Final[dict[Kind, type[ImageFile.ImageFile]]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "GIF": GifImageFile,
+    "WEBP": WebPImageFile,
+}
 # What Pillow's readers raise on bytes that are not what they claim to be.
 DECODER_ERRORS: Final = (
     OSError,
@@ -82,6 +94,9 @@ class Limits:
     """A larger picture is halved until it is within this, so that reading it never takes 300 MB."""
     max_webp_pixels: int = 16_777_216
     """As `max_pixels`, for WebP, whose decoder takes four times the memory of the others."""
+    max_coefficients: int = 150_000_000
+    """Bytes that a JPEG of several scans (a progressive one) keeps until it is complete: 2 a pixel and
+    channel, that is 50 megapixels as cameras write them, 25 with full colour, 18 in CMYK."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +143,19 @@ def open_picture(
         raise ImageError("empty", f"{label} is empty")
     if len(content) > limits.max_bytes:
         raise _too_many_bytes(label, limits)
+    digest, cut_off = hashlib.sha256(content).hexdigest(), ends_early(content)
     try:
-        pixels = _decode(_reader(content, label)(BytesIO(content)), label, limits)
+        content, facts = _parts(content, label, limits)
+        with _ROOM.taken(_memory(facts, limits)):
+            image = READERS[facts.kind](BytesIO(content))
+            del content  # what is no longer needed makes room for the pixels
+            pixels = _loaded(image, label, limits)
+            del image
+            return Picture(_turned(pixels, facts.turn), digest, label)
+    except Refused as refusal:
+        raise ImageError("damaged", f"{label} {refusal}") from None
     except DECODER_ERRORS as problem:
-        raise _damaged(label, problem, cut_off=_ends_early(content)) from problem
-    return Picture(pixels, hashlib.sha256(content).hexdigest(), label)
+        raise _damaged(label, problem, cut_off) from problem
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
@@ -169,74 +192,6 @@ def _too_many_bytes(label: str, limits: Limits) -> ImageError:
     return ImageError("too_large", f"{label} has more than {limits.max_bytes >> 20} MB")
 
 
-def _reader(content: bytes, label: str) -> type[ImageFile.ImageFile]:
-    """The one reader that the first bytes call for.
-
-    Its class is called and not Image.open, whose warning about large pictures would come before our check.
-    """
-    if content.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile
-    if content.startswith(PNG_MAGIC):
-        _check_png(content)
-        return PngImageFile
-    if content.startswith((b"GIF87a", b"GIF89a")):
-        return GifImageFile
-    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        return WebPImageFile
-    raise ImageError("format", f"{label} is {_guess(content)}: JPEG, PNG, WebP and GIF are read")
-
-
-def _check_png(content: bytes) -> None:
-    """Compare the checksums of the chunks that make the picture.
-
-    Pillow does not, and where compressed data is damaged it returns black rows in silence.
-    """
-    place = len(PNG_MAGIC)
-    while place + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        end = place + 8 + length
-        if end + 4 > len(content) or kind == b"IEND":
-            return  # Pillow tells whether what is missing matters
-        critical = not kind[0] & 0x20
-        if critical and zlib.crc32(memoryview(content)[place + 4 : end]) != int.from_bytes(
-            content[end : end + 4]
-        ):
-            raise ValueError(f"chunk {kind!r} has the wrong checksum")
-        place = end + 4
-
-
-def _ends_early(content: bytes) -> bool:
-    """True where the mark that ends a file of its format is missing."""
-    tail = content[-4096:].rstrip(b"\0")
-    if content.startswith(b"\xff"):
-        return not tail.endswith(b"\xff\xd9")
-    if content.startswith(b"\x89"):
-        return b"IEND" not in tail
-    if content.startswith(b"GIF"):
-        return not tail.endswith(b";")
-    return len(content) < 8 + int.from_bytes(content[4:8], "little")
-
-
-def _guess(content: bytes) -> str:
-    """What a file of another kind seems to be, for the message."""
-    start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6")):
-        return "an EPS file"
-    if start.startswith(b"%pdf"):
-        return "a PDF file"
-    if b"<svg" in start:
-        return "an SVG file"
-    if start.startswith((b"ii*\0", b"mm\0*")):
-        return "a TIFF file"
-    if start.startswith(b"bm"):
-        return "a BMP file"
-    if content[4:8] == b"ftyp":
-        return "a HEIF, AVIF or video file"
-    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in content[:512]):
-        return "a text file"
-    return "no picture of a kind that is known"
-
-
 def _damaged(label: str, problem: BaseException, cut_off: bool = False) -> ImageError:
     if isinstance(problem, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return ImageError("too_large", f"{label} has too many pixels")
@@ -245,15 +200,66 @@ def _damaged(label: str, problem: BaseException, cut_off: bool = False) -> Image
     return ImageError("damaged", f"{label} is damaged and cannot be decoded")
 
 
-def _decode(image: ImageFile.ImageFile, label: str, limits: Limits) -> Image.Image:
-    """Decode the first frame of an image whose header has been read; upright RGB within the limits."""
+class _Room:
+    """Memory that threads share: who finds too little of it left waits until others have done."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._left = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """While this many bytes are in use; what is more than all takes all."""
+        amount = min(amount, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= amount)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
+
+
+_ROOM: Final = _Room(MEMORY)
+
+
+def _parts(content: bytes, label: str, limits: Limits) -> tuple[bytes, Facts]:
+    """What is decoded of a file and what is known of it, where that is within the limits."""
+    if (parts := parts_of(content)) is None:
+        raise ImageError("format", f"{label} is {guess(content)}: JPEG, PNG, WebP and GIF are read")
+    facts = parts[1]
+    _check_bounds(facts.size, facts.kind, label, limits)
+    if facts.coefficients > limits.max_coefficients:
+        raise ImageError(
+            "too_large",
+            f"{label} claims {facts.size[0]} x {facts.size[1]} pixels in a JPEG of several scans, "
+            "which takes too much memory: save it smaller, or not as progressive",
+        )
+    return parts
+
+
+def _loaded(image: ImageFile.ImageFile, label: str, limits: Limits) -> Image.Image:
+    """The first frame of an image whose header has been read; RGB within the limits."""
     _check_size(image, label, limits)
-    turn = _orientation(image)
     if image.width * image.height > limits.keep_pixels:
         image.draft(None, _halved(image.size, limits.keep_pixels))  # JPEG decodes straight to 1/2, 1/4, 1/8
     image.load()
-    _check_size(image, label, limits)  # a GIF frame may reach beyond the screen that its header gave
-    return _finish(image, turn, limits)
+    _check_size(image, label, limits)
+    return _finish(image, limits)
+
+
+def _memory(facts: Facts, limits: Limits) -> int:
+    """Bytes that it will take to load, finish and turn a picture, at 4 a pixel in every mode."""
+    pixels = facts.size[0] * facts.size[1]
+    beside = 16 * min(pixels, STRIP_PIXELS) + facts.length
+    if facts.kind == "WEBP":  # two canvases, a frame, and what Pillow makes of it
+        return 16 * pixels + beside
+    factor = _factor(facts.size, limits.keep_pixels)
+    kept = 4 * pixels // factor**2
+    loaded = 4 * pixels // (min(factor, 8) ** 2 if facts.kind == "JPEG" else 1)
+    return max(loaded + facts.coefficients + kept, 2 * kept) + beside
 
 
 def _from_pillow(image: Image.Image, label: str, limits: Limits) -> Picture:
@@ -268,7 +274,7 @@ def _from_pillow(image: Image.Image, label: str, limits: Limits) -> Picture:
             digest.update(image.palette.tobytes())
         # An image that has been worked on keeps its EXIF though its pixels may have been turned.
         turn = _orientation(image) if isinstance(image, ImageFile.ImageFile) else 1
-        return Picture(_finish(image, turn, limits), digest.hexdigest(), label)
+        return Picture(_turned(_finish(image, limits), turn), digest.hexdigest(), label)
     except DECODER_ERRORS as problem:
         raise _damaged(label, problem) from problem
 
@@ -277,8 +283,13 @@ def _check_size(image: Image.Image, label: str, limits: Limits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError("empty", f"{label} has no pixels ({width} x {height})")
+    _check_bounds(image.size, image.format, label, limits)
+
+
+def _check_bounds(size: tuple[int, int], kind: str | None, label: str, limits: Limits) -> None:
+    width, height = size
     allowed = limits.max_pixels
-    if isinstance(image, WebPImageFile):
+    if kind == "WEBP":
         allowed = min(allowed, limits.max_webp_pixels)
     if width * height > allowed or max(width, height) > limits.max_side:
         raise ImageError(
@@ -289,7 +300,7 @@ def _check_size(image: Image.Image, label: str, limits: Limits) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; damaged EXIF is no reason to refuse a picture."""
+    """EXIF orientation as Pillow has read it, 1 to 8; damaged EXIF is no reason to refuse a picture."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except DECODER_ERRORS:
@@ -315,19 +326,22 @@ def _strip_rows(image: Image.Image) -> int:
     return max(64, STRIP_PIXELS // image.width // 64 * 64)
 
 
-def _finish(image: Image.Image, turn: int, limits: Limits) -> Image.Image:
-    """RGB on white, within `keep_pixels`, upright. Large pictures go strip by strip to save memory."""
+def _turned(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
+
+
+def _finish(image: Image.Image, limits: Limits) -> Image.Image:
+    """RGB on white, within `keep_pixels`. Large pictures go strip by strip to save memory."""
     width, height = image.size
     if width * height <= STRIP_PIXELS:
-        result = _flatten(image)
-    else:
-        factor = _factor(image.size, limits.keep_pixels)
-        result = Image.new("RGB", (-(-width // factor), -(-height // factor)))
-        rows = _strip_rows(image)
-        for top in range(0, height, rows):
-            strip = _flatten(image.crop((0, top, width, min(top + rows, height))))
-            result.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
-    return result.transpose(UPRIGHT[turn]) if turn in UPRIGHT else result
+        return _flatten(image)
+    factor = _factor(image.size, limits.keep_pixels)
+    result = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    rows = _strip_rows(image)
+    for top in range(0, height, rows):
+        strip = _flatten(image.crop((0, top, width, min(top + rows, height))))
+        result.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    return result
 
 
 def _flatten(image: Image.Image) -> Image.Image:

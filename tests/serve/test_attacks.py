@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 pytest.importorskip("fastapi")
 MIB = 1 << 20
@@ -58,6 +61,59 @@ def bomb(side: int) -> bytes:
         + chunk(b"IDAT", zlib.compress(bytes(10_000)))
         + chunk(b"IEND", b"")
     )
+
+
+def repeated(kind: str) -> bytes:
+    """A small JPEG with 5 million empty notes, or with its last scan 3,000 times more."""
+    out = BytesIO()
+    image = Image.new("L", (4_000, 4_000) if kind == "scans" else (64, 64), 100)
+    image.save(out, "JPEG", progressive=kind == "scans")
+    content = out.getvalue()
+    if kind == "scans":
+        return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * 3_000 + content[-2:]
+    return content[:2] + b"\xff\xe9\0\2" * ((19 * MIB) // 4) + content[2:]
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("scans", 50 * MIB), ("notes", 200 * MIB)])
+def test_a_jpeg_that_goes_on_and_on(server: Any, make: Any, kind: str, bound: int) -> None:
+    """What 20 MB of notes take is the request itself, as text and as bytes."""
+    message = make.user("What?", make.data_url(repeated(kind), "image/jpeg"))
+    with memory_within(server, bound):
+        started = time.monotonic()
+        reply = server.chat(messages=[message])
+        assert time.monotonic() - started < 10
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_image")
+
+
+def test_words_do_not_wait_behind_pictures(make_tiny: Callable[..., Any], make: Any) -> None:
+    """A desk whose only thread for pictures is busy goes on to read questions without any."""
+    from vlm.serve.cache import Latents
+    from vlm.serve.fetch import FetchDoor
+    from vlm.serve.metrics import Metrics
+    from vlm.serve.pictures import Desk
+    from vlm.serve.schemas import Message
+    from vlm.serve.settings import Settings
+
+    model = make_tiny()
+    free = threading.Event()
+
+    async def main() -> None:
+        desk = Desk(model, Latents(model, 0, Metrics()), Settings(workers=1), FetchDoor([], max_bytes=10))
+        busy = asyncio.ensure_future(desk.run(free.wait))
+        try:
+            words = Message.model_validate(make.user("What is the answer?"))
+            question = await asyncio.wait_for(desk.question([words]), 30)
+            assert question.prompt_tokens > 0 and len(question.latents) == 0
+            shown = Message.model_validate(make.user("What is it?", make.url(1)))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(desk.question([shown]), 0.5)
+            assert not busy.done()
+        finally:
+            free.set()
+            await busy
+            desk.close()
+
+    asyncio.run(main())
 
 
 def test_a_header_of_60_000_by_60_000(server: Any, make: Any) -> None:

@@ -68,6 +68,7 @@ def seeds() -> dict[str, bytes]:
         "png": encoded(clear, "PNG", exif=exif),
         "png16": encoded(deep, "PNG"),
         "palette": encoded(colour.quantize(16), "PNG", transparency=3),
+        "apng": encoded(colour, "PNG", save_all=True, append_images=[ramp.convert("RGB")]),
         "gif": encoded(colour.quantize(32), "GIF", save_all=True, append_images=[ramp.quantize(16)]),
         "webp": encoded(colour, "WEBP", save_all=True, append_images=[colour.rotate(90)]),
         "lossless": encoded(clear, "WEBP", lossless=True, exif=exif),
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
     """Hunt until libFuzzer's options say stop; ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["vlm.images", "PIL"]):
+    with atheris.instrument_imports(include=["vlm.container", "vlm.images", "PIL"]):
         import vlm.images  # noqa: F401
     for folder in [Path(word) for word in argv[1:] if not word.startswith("-")][:1]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +52,40 @@ def test_colours_come_out_as_they_went_in(
     assert near(corners(picture.pixels), [RED, GREEN, BLUE, WHITE], tolerance)
 
 
+def drawn(mode: str) -> Image.Image:
+    """The quadrants in any mode; those of one number a pixel hold their greys, from black to white."""
+    grey = np.asarray(quadrants("L"))
+    match mode:
+        case "1":
+            return Image.fromarray(grey > 100)
+        case "I;16" | "I":
+            return Image.fromarray(grey.astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+        case "F":
+            return Image.fromarray(grey.astype(np.float32) / 255)
+        case "PA":
+            return quadrants("RGBA").convert("PA")
+    return quadrants(mode)
+
+
+COLOURS = [RED, GREEN, BLUE, WHITE]
+GREYS = [(value,) * 3 for value in (76, 150, 29, 255)]
+BLACK_OR_WHITE = [(value,) * 3 for value in (0, 255, 0, 255)]
+
+
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "I;16", "I", "F", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"]
+    ("mode", "expected"),
+    [
+        ("1", BLACK_OR_WHITE),
+        *((mode, GREYS) for mode in ("L", "LA", "I;16", "I", "F")),
+        *((mode, COLOURS) for mode in ("RGB", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")),
+    ],
 )
-def test_every_pillow_mode_becomes_rgb(mode: str) -> None:
-    grey = {"I;16": 257 * 255, "I": 257 * 255, "F": 1.0}.get(mode)
-    if grey is not None:
-        image = Image.new(mode, (5, 4), grey)
-    else:
-        image = Image.new("RGB", (5, 4), WHITE).convert("RGBA" if mode == "PA" else mode)
-        image = image.convert("PA") if mode == "PA" else image
-    picture = open_picture(image)
-    assert (picture.pixels.mode, picture.pixels.size) == ("RGB", (5, 4))
-    assert near([picture.pixels.getpixel((2, 2))], [WHITE], 1)
+def test_every_pillow_mode_becomes_rgb(mode: str, expected: list[tuple[int, ...]]) -> None:
+    image = drawn(mode)
+    assert image.mode == mode
+    pixels = open_picture(image).pixels
+    assert (pixels.mode, pixels.size) == ("RGB", (32, 16))
+    assert near(corners(pixels), expected, 2 if mode == "YCbCr" else 0)
 
 
 # Where the quarters red, green, blue, white stand after the turn that each EXIF value asks for.
@@ -92,6 +114,36 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert pixels.size == ((16, 32) if orientation in (5, 6, 7, 8) else (32, 16))
     assert near(corners(pixels), TURNED.get(orientation, TURNED[1]), 4)
     assert open_picture(Image.open(io.BytesIO(content))).pixels.tobytes() == pixels.tobytes()
+
+
+def exif_of(order: str, kind: int, value: int, entries: int = 2) -> bytes:
+    """EXIF data whose second entry is the orientation, in this byte order and type of number."""
+    first = struct.pack(f"{order}HHII", 0x010F, 4, 1, 7)
+    number = struct.pack(f"{order}{'I' if kind == 4 else 'H'}", value).ljust(4, b"\0")
+    table = first + struct.pack(f"{order}HHI", 0x0112, kind, 1) + number
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    return head + struct.pack(f"{order}H", entries) + table
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        *((exif_of(order, kind, 6), True) for order in "<>" for kind in (3, 4)),
+        (exif_of("<", 3, 6, entries=60_000), True),
+        (exif_of("<", 3, 6, entries=60_000)[:-12], False),
+        (exif_of("<", 2, 6), False),
+        (exif_of("<", 3, 600), False),
+        (exif_of("<", 3, 6)[:-1].replace(b"II", b"IM"), False),
+        (b"II*\0\xff\xff\xff\xff", False),
+        (b"", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_is_read_however_it_is_written_and_passed_over_where_damaged(
+    kind: str, exif: bytes, turned: bool
+) -> None:
+    content = encoded(Image.new("RGB", (8, 4)), kind, exif=b"Exif\0\0" + exif)
+    assert open_picture(content).pixels.size == ((4, 8) if turned else (8, 4))
 
 
 def test_an_image_that_was_worked_on_is_not_turned_again() -> None:
@@ -161,6 +213,84 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
     assert open_picture(content).pixels.getpixel((4, 4)) == RED
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def test_a_jpeg_of_a_phone_with_hundreds_of_notes() -> None:
+    """EXIF, a colour profile in 255 pieces, depth maps, fill bytes, and a preview behind the end."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(quadrants(), "JPEG", quality=95, subsampling=0)
+    profile = [segment(0xE2, b"ICC_PROFILE\0" + bytes([i, 255]) + bytes(60)) for i in range(1, 256)]
+    further = [
+        segment(0xE2, b"MPF\0" + bytes(80)),
+        *[segment(0xEB, bytes(3000))] * 200,
+        segment(0xFE, b"hello"),
+    ]
+    notes = b"".join([segment(0xE1, exif.tobytes()), *profile, *further, b"\xff" * 9])
+    content = plain[:20] + notes + plain[20:] + encoded(Image.new("RGB", (9, 9)), "JPEG")
+    pixels = open_picture(content).pixels
+    assert near(corners(pixels), TURNED[6], 4)
+    assert pixels.tobytes() == open_picture(plain).pixels.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_a_gif_of_thousands_of_frames_with_long_notes() -> None:
+    frames = [Image.new("P", (8, 8), 1), Image.new("P", (8, 8), 2)]
+    for frame in frames:
+        frame.putpalette([0, 0, 0, *RED, *GREEN])
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
+    last = content.rindex(b"!\xf9")
+    start = content.index(b"!")
+    note = b"!\xff\x0bXMP DataXMP" + b"\x7f" + bytes(range(127)) + b"\0"
+    long = b"!\xfe" + (b"\x03abc" * 9_000) + b"\0"
+    content = content[:start] + note + long + content[start:-1] + content[last:-1] * 5_000 + b";"
+    assert open_picture(content).pixels.getpixel((4, 4)) == RED
+
+
+def test_an_apng_of_thousands_of_frames() -> None:
+    def control(number: int) -> bytes:
+        return png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, 1, 1, 0, 0, 1, 10, 0, 0))
+
+    rows = b"\0" + bytes(RED)
+    first = png(1, 1, 8, 2, rows, png_chunk(b"acTL", struct.pack(">II", 3_001, 0)), control(0))
+    green = zlib.compress(b"\0" + bytes(GREEN))
+    frames = [
+        control(2 * i + 1) + png_chunk(b"fdAT", struct.pack(">I", 2 * i + 2) + green) for i in range(3_000)
+    ]
+    content = first[:-12] + b"".join(frames) + first[-12:]
+    assert open_picture(content).pixels.getpixel((0, 0)) == RED
+
+
+def test_a_png_of_thousands_of_pieces_with_exif_behind_them() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 350, 3), dtype=np.uint8)
+    plain = png(350, 300, 8, 2, b"".join(b"\0" + row.tobytes() for row in noise))
+    start, end = plain.index(b"IDAT"), plain.index(b"IEND")
+    data = plain[start + 4 : end - 8]
+    pieces = [png_chunk(b"IDAT", data[i : i + 100]) for i in range(0, len(data), 100)]
+    assert len(pieces) > 3_000
+    exif = png_chunk(b"eXIf", exif_of(">", 3, 3))
+    content = plain[: start - 4] + b"".join(pieces) + exif + plain[end - 4 :]
+    assert np.array_equal(np.asarray(open_picture(content).pixels), noise[::-1, ::-1])
+
+
+def test_a_webp_of_thousands_of_frames_with_exif_behind_them() -> None:
+    frames = [quadrants(), quadrants().transpose(Image.Transpose.ROTATE_180)]
+    content = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    last = content.rindex(b"ANMF")
+    exif = exif_of("<", 3, 6)
+    body = content[12:] + content[last:] * 3_000 + b"EXIF" + struct.pack("<I", len(exif)) + exif
+    content = b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+    assert near(corners(open_picture(content).pixels), TURNED[6], 0)
+
+
+def test_what_is_noted_beside_a_picture_is_never_unpacked() -> None:
+    text = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 9_000_000))
+    profile = png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(9_000_000)))
+    content = png(2, 1, 8, 2, b"\0" + bytes([*RED, *BLUE]), text, profile)
+    assert open_picture(content).pixels.tobytes() == bytes([*RED, *BLUE])
 
 
 def test_large_pictures_are_halved_to_bounded_memory() -> None:

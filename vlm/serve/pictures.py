@@ -51,7 +51,10 @@ class Question:
 
 
 class Desk:
-    """Opens what requests bring. One for a server; its threads do everything that is slow."""
+    """Opens what requests bring. One for a server; its threads do everything that is slow.
+
+    Words have a thread of their own: a question without pictures never waits behind others' pictures.
+    """
 
     def __init__(self, model: VLM, latents: Latents, settings: Settings, door: FetchDoor) -> None:
         self._model = model
@@ -60,6 +63,7 @@ class Desk:
         self._door = door
         self._limits = Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="vlm-pictures")
+        self._words = ThreadPoolExecutor(1, thread_name_prefix="vlm-words")
 
     async def question(self, messages: Sequence[Message], answer: str | None = None) -> Question:
         """The conversation of a chat request, with the answer that was given to it where that is wanted.
@@ -70,7 +74,7 @@ class Desk:
         turns, urls = self._outline(messages)
         # Words first: a conversation that is too long is refused before any picture is opened.
         conversation = Conversation(tuple(b"" for _ in urls), turns)
-        row = await self.run(lambda: self._row(conversation, answer))
+        row = await self._worded(lambda: self._row(conversation, answer))
         asked = row.tokens.questions
 
         def look(picture: Picture, number: int) -> tuple[Tensor, str, Tensor]:
@@ -80,8 +84,8 @@ class Desk:
         seen = await self._each(urls, look)
         hints = [hint for _, hint, _ in seen]
         if any(hints):
-            row = await self.run(lambda: self._row(conversation, answer, hints))
-        return await self.run(lambda: self._question(row, seen))
+            row = await self._worded(lambda: self._row(conversation, answer, hints))
+        return await self._worded(lambda: self._question(row, seen))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -98,12 +102,16 @@ class Desk:
         return Conversation(tuple(pictures), outline), pictures
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do something slow in one of the desk's threads."""
+        """Do something slow in one of the threads for pictures."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
         """Stop the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._words.shutdown(wait=False, cancel_futures=True)
+
+    async def _worded(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._words, work)
 
     def _outline(self, messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[str]]:
         turns, urls = _turns(messages)
