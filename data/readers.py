@@ -53,6 +53,8 @@ class Reading:
     bad: list[BadRow] = field(default_factory=list)
     has_part: bool = True
     """Whether the source itself says which rows are its train, dev and test parts."""
+    passed_by: int = 0
+    """Usable rows that are left out on purpose."""
 
     @property
     def causes(self) -> Counter[str]:
@@ -62,7 +64,7 @@ class Reading:
     @property
     def bad_share(self) -> float:
         """The unusable share of the rows, 0 to 1."""
-        total = len(self.examples) + len(self.bad)
+        total = len(self.examples) + len(self.bad) + self.passed_by
         return len(self.bad) / total if total else 0.0
 
     def summary(self) -> str:
@@ -79,7 +81,7 @@ class Reading:
         if self.bad_share > BAD_SHARE:
             raise DataError(f"{self.summary()} (at most {BAD_SHARE:.0%} may be; see `vlm data check`)")
         if not self.examples:
-            raise DataError(f"{self.source} holds no example")
+            raise DataError(f"{self.source} holds no example: no row was found in it")
 
     def checked(self) -> list[Example]:
         """The examples, after a warning that names what was left out.

@@ -11,17 +11,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlm.config import CAPTION_PROMPT, HintsConfig
-from vlm.data.collate import Group, Source, group_by_image, group_name
+from vlm.config import HintsConfig
+from vlm.conversation import ImageSource
+from vlm.data.collate import Group, Source, group_by_image, group_name, image_name
+from vlm.data.duplicates import Print, print_of
 from vlm.data.example import Example
 from vlm.data.readers import Reading
 from vlm.data.sources import find_reading
 from vlm.data.splits import split_by_image
-from vlm.data.text import normalise_caption
+from vlm.data.text import all_spoken
 from vlm.errors import ConfigError, DataError
 from vlm.features import Features
 from vlm.hints import likely_labels
-from vlm.images import ImageError, open_picture
+from vlm.images import ImageError, Picture, open_picture
 from vlm.train.config import SourceConfig, TrainConfig
 from vlm.train.pairs import pair_sources
 from vlm.train.shapes import SHAPES, shapes
@@ -52,7 +54,7 @@ def read_source(source: SourceConfig, config: TrainConfig) -> Source:
     """One source, with the rows of it that cannot be used."""
     if source.name == SHAPES:
         examples: Sequence[Example] = shapes(source.limit or 64, config.seed)
-        return Source([spoken(e) for e in examples], source.per_image, source.weight)
+        return Source(all_spoken(examples)[0], source.per_image, source.weight)
     if not source.name and not config.data:
         raise ConfigError("say where your pictures are: data=FOLDER")
     root = Path(config.data) if config.data else None
@@ -61,11 +63,14 @@ def read_source(source: SourceConfig, config: TrainConfig) -> Source:
     examples = reading.examples
     if source.limit:
         examples = first_pictures(examples, source.limit)
+    passed_by = len(reading.examples) - len(examples)
     if source.questions:
         from vlm.data.questions import questions_from_captions
 
         examples = questions_from_captions(examples, seed=config.seed)
-    return Source([spoken(e) for e in examples], source.per_image, source.weight, reading.bad)
+    said, silent = all_spoken(examples)
+    bad = [*reading.bad, *silent]
+    return Source(said, source.per_image, source.weight, bad, passed_by=passed_by)
 
 
 def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
@@ -73,14 +78,6 @@ def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
     names = [group_name(example.images) for example in examples]
     kept = set(list(dict.fromkeys(names))[:count])
     return [example for example, name in zip(examples, names, strict=True) if name in kept]
-
-
-def spoken(example: Example) -> Example:
-    """Captions in lower case without the final full stop; other answers as they are."""
-    if example.turns[-1].text != CAPTION_PROMPT:
-        return example
-    answers = tuple(filter(None, map(normalise_caption, example.answers)))
-    return replace(example, answers=answers)
 
 
 def set_aside(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Example]]:
@@ -91,7 +88,10 @@ def set_aside(sources: Sequence[Source], share: float) -> tuple[list[Source], li
     """
     if not share:
         return list(sources), []
-    _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
+    try:
+        _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
+    except DataError as problem:
+        raise DataError(f"{problem}: say holdout=0 to learn from everything") from None
     away = {id(example) for example in held}
     kept = [replace(s, examples=[e for e in s.examples if id(e) not in away]) for s in sources]
     return kept, held
@@ -109,6 +109,14 @@ def groups_of(sources: Sequence[Source]) -> list[Group]:
     return groups
 
 
+def prints_of(images: Sequence[ImageSource], pictures: Sequence[Picture]) -> dict[str, Print]:
+    """The prints of opened pictures, by their names."""
+    return {
+        name: print_of(name, picture.sha256, picture.pixels)
+        for name, picture in zip(map(image_name, images), pictures, strict=True)
+    }
+
+
 class FeatureStore:
     """Features of the groups' pictures by group and view, always from the cache.
 
@@ -118,8 +126,12 @@ class FeatureStore:
 
     Every group's key becomes its pictures' contents, on which all drawing depends from then on.
 
+    Args:
+        looks: take the pictures' prints too, by which those that look alike are found.
+
     Attributes:
         bad: why pictures cannot be used, by the group's id; such groups have no features.
+        prints: by the picture's name; empty unless `looks`.
     """
 
     def __init__(
@@ -131,8 +143,10 @@ class FeatureStore:
         progress: Progress,
         rank: int = 0,
         processes: int = 1,
+        looks: bool = False,
     ) -> None:
-        self.features, self.hints = features, hints
+        self.features, self.hints, self.looks = features, hints, looks
+        self.prints: dict[str, Print] = {}
         self.bad: dict[str, ImageError] = {}
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._held: dict[tuple[str, str], Tensor] = {}
@@ -150,6 +164,8 @@ class FeatureStore:
 
     def _add(self, group: Group, views: Sequence[str]) -> None:
         pictures = [open_picture(image) for image in group.images]
+        if self.looks:
+            self.prints |= prints_of(group.images, pictures)
         group.key = "|".join(picture.sha256 for picture in pictures)
         for view in views:
             found = self.features.see(pictures, view, scored=self.hints.count > 0)

@@ -66,8 +66,10 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         model = make_model(config, offline, start)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
         dev = open_dev(config, model, aside, screen, accelerator)
-        reading, held = checks.check(config.data or "the data", sources, held, store)
-        screen.say(checks.check_text(reading))
+        checked = checks.check(config.data or "the data", sources, held, store)
+        screen.say(checked.text())
+        held = checked.held
+        sources, groups = checked.apart(sources, groups)
         if checks.own(config):
             screen.say(checks.sample_text(model, groups, store, config.seed))
         judge = _judge(config, sources, held, screen)
@@ -75,7 +77,7 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         kind = TRAINERS.get(config.objective, Trainer)
         trainer = kind(model, config, groups, store, lambda _: None, accelerator)
         trainer.resume(screen.say)
-        done = _run(trainer, screen, held, reading)
+        done = _run(trainer, screen, held, checked.reading)
         if dev is not None and done:
             screen.say(f"loss on {config.dev} pictures set aside: {dev.write(trainer)['loss']:.4f}")
     if judge is not None and before is not None and done:
@@ -200,6 +202,7 @@ def prepare(
         screen.progress,
         accelerator.process_index,
         accelerator.num_processes,
+        looks=checks.own(config),
     )
     return store.usable(groups), store
 

@@ -162,7 +162,7 @@ def work(pipe: Connection, name: str, options: dict[str, Any]) -> None:
 def captioned(options: dict[str, Any]) -> list[Any]:
     """Pictures with five captions each, enough for every batch."""
     from vlm.data.sources import read_dataset
-    from vlm.train.prepare import spoken
+    from vlm.data.text import spoken
     from vlm.train.shapes import shapes
 
     count = options["pictures"] * BATCHES
