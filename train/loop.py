@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlm.checkpoint import save_adapter
 from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, told_of
-from vlm.errors import VLMError
+from vlm.errors import ConfigError, VLMError
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
 from vlm.train import fast, mup
@@ -33,7 +33,7 @@ from vlm.train.mup import Scale
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
-from vlm.train.recipe import identity, same_recipe
+from vlm.train.recipe import identity, other_keys
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
 from vlm.train.sharded import shard
 from vlm.train.state import newest_valid, pack, read_state, restore, save_state
@@ -137,9 +137,14 @@ class Trainer:
             return
         tensors, meta = read_state(path)
         extra = meta["extra"]
-        if not same_recipe(extra["config"], self.config):
+        try:
+            changed = other_keys(extra["config"], self.config)
+        except ConfigError as problem:
+            changed = [f"it was written by another version: {problem}"]
+        if changed:
             raise TrainingError(
-                f"{path} is of another recipe: choose another out=FOLDER, or give --fresh to start anew"
+                f"{path} is of another recipe ({', '.join(changed)}): choose another out=FOLDER, "
+                "or give --fresh to start anew"
             )
         if extra.get("data", self.data_hash) != self.data_hash:
             raise TrainingError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from vlm.checkpoint import build_model, load_model
 from vlm.config import to_dict
 from vlm.data.collate import Group, Source
 from vlm.data.example import Example
 from vlm.data.readers import Reading
+from vlm.errors import ConfigError
 from vlm.features import FeatureCache
 from vlm.model import VLM
 from vlm.train import checks, mup
@@ -32,7 +35,7 @@ from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
 from vlm.train.prepare import FeatureStore, groups_of, set_aside
 from vlm.train.processes import Processes
-from vlm.train.record import DEV, Record, machine
+from vlm.train.record import DEV, RUN, Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
 from vlm.train.streamed import Feed, StreamTrainer
@@ -42,6 +45,8 @@ from vlm.weights_cache import cache_root
 
 TRAINERS: dict[str, type[Trainer]] = {"words": WordTrainer, "preference": PreferenceTrainer}
 """Objectives with a loop of their own."""
+OURS = ("state", RUN, "words")
+"""What tells a run's folder from others: its states, its record, or its stage of words."""
 
 
 def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, device: str = "auto") -> bool:
@@ -54,6 +59,7 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
     Returns:
         Whether the last step was reached (a signal ends a run early, with its state saved).
     """
+    open_out(config)
     start = _learn_words(config, offline, fresh, device) if config.words.steps else ""
     if start is None:
         return False
@@ -89,6 +95,34 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         judge.show(found)
     _finish(trainer, done)
     return done
+
+
+def open_out(config: TrainConfig) -> None:
+    """Makes the run's folder, and sees to it before any work that the run can write there.
+
+    Raises:
+        ConfigError: it is somebody else's, cannot be written, or a tracker is not installed.
+    """
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    except OSError as problem:
+        raise ConfigError(f"out={config.out} cannot be written: {problem.strerror or problem}") from None
+    if found and not any((out / name).exists() for name in OURS):
+        raise ConfigError(
+            f"out={config.out} holds {', '.join(found[:3])} and no run of training: "
+            "choose another folder, nothing is overwritten"
+        )
+    known = [str(name) for name in get_available_trackers()]
+    unknown = [name for name in config.trackers if name not in (*known, "all")]
+    if unknown:
+        raise ConfigError(
+            f"trackers: {', '.join(unknown)} is no tracker that is installed "
+            f"({', '.join(known)}; [] for none)"
+        )
 
 
 def _begin(config: TrainConfig, fresh: bool, device: str) -> Accelerator:

@@ -238,13 +238,14 @@ def test_a_real_full_disk(long_recipe: Any, trainer_of: Any) -> None:
 def test_another_recipe_is_refused(long_recipe: Any, trainer_of: Any) -> None:
     config = long_recipe(steps=6)
     stopped_after(trainer_of, config, 3)
-    for changed in (
-        replace(config, seed=1),
-        replace(config, optim=replace(config.optim, lr=1.0)),
-        replace(config, sources=(replace(config.sources[0], per_image=2),)),
+    (source,) = config.sources
+    for changed, named in (
+        (replace(config, seed=1), "seed"),
+        (replace(config, optim=replace(config.optim, lr=1.0)), "optim.lr"),
+        (replace(config, sources=(replace(source, per_image=2),), batch=3), "batch, sources.0.per_image"),
     ):
         trainer, _ = trainer_of(changed)
-        with pytest.raises(TrainingError, match="another recipe"):
+        with pytest.raises(TrainingError, match=rf"is of another recipe \({named}\)"):
             trainer.resume()
     trainer, _ = trainer_of(replace(config, note="other words", log_every=2, keep=3))
     trainer.resume()
