@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from vlm.data.example import Example
 from vlm.data.mixture import rng_of
-from vlm.data.readers import shards_in
+from vlm.data.readers import TARS, shards_in
 from vlm.data.rows import BadRow
 from vlm.data.shards import Part, Shard, expand, parts_of
 from vlm.data.splits import canonical_split
@@ -21,7 +21,7 @@ from vlm.data.streams import file_rows, guarded, hub_name, hub_part
 from vlm.data.tables import to_examples
 from vlm.errors import DataError
 
-KINDS = {".tar": "webdataset", ".parquet": "parquet"}
+KINDS = dict.fromkeys(TARS, "webdataset") | {".parquet": "parquet"}
 
 
 @dataclass(frozen=True, order=True)
@@ -108,7 +108,7 @@ def find_laps(source: str, split: str = "train", shard: Shard = (0, 1), seed: in
 
 def _shard_files(source: str, split: str) -> tuple[str, list[str]]:
     path = Path(source).expanduser()
-    kind = KINDS.get(PurePosixPath(source).suffix.lower(), "")
+    kind = next((kind for suffix, kind in KINDS.items() if source.lower().endswith(suffix)), "")
     if path.is_dir():
         found = shards_in(path, split)
         if found is not None:

@@ -40,6 +40,8 @@ PART_FOLDERS = {
     "dev": ("dev", "validation", "val", "valid"),
     "test": ("test",),
 }
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+TARS = (".tar", ".tar.gz", ".tgz")
 BAD_SHARE = 0.01
 SHOWN = 5
 
@@ -141,7 +143,7 @@ def _file(path: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadR
         return _json_file(path, split)
     if suffix == ".parquet":
         return read_parquet([path], shard), False
-    if suffix == ".tar":
+    if path.name.lower().endswith(TARS):
         return read_webdataset([path], shard), False
     raise DataError(f"{path.name}: a folder, .csv, .tsv, .jsonl, .json, .parquet or .tar is expected")
 
@@ -160,10 +162,14 @@ def _part_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
     return named[part], True
 
 
+def _ending(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name.lower().endswith(suffixes))
+
+
 def shards_in(folder: Path, split: str) -> tuple[str, list[Path], bool] | None:
     """(kind, files, whether they are named after the split) of a folder of shards; None where it has none."""
-    for suffix, kind in ((".parquet", "parquet"), (".tar", "webdataset")):
-        files = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
+    for suffixes, kind in (((".parquet",), "parquet"), (TARS, "webdataset")):
+        files = _ending(folder, suffixes) or _ending(folder / "data", suffixes)
         if files:
             return kind, *_part_files(files, split)
     return None
@@ -173,14 +179,11 @@ def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | 
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
         return read_image_folder(folder), False
+    below = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     parts = {
         part: found
         for part, names in PART_FOLDERS.items()
-        if (
-            found := next(
-                (folder / n for n in names if (folder / n).is_dir() and metadata_file(folder / n)), None
-            )
-        )
+        if (found := next((below[n] for n in names if n in below and metadata_file(below[n])), None))
     }
     if parts:
         if split == "train-rest" and "dev" not in parts and "train" in parts:
@@ -196,7 +199,9 @@ def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | 
     if (found_shards := shards_in(folder, split)) is not None:
         kind, chosen, named = found_shards
         return (read_parquet if kind == "parquet" else read_webdataset)(chosen, shard), named
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".tsv", ".jsonl", ".json")]
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLES and path.is_file()]
+    if any("question" in path.name.lower() for path in tables):  # VQA's answers lie beside its questions
+        tables = [path for path in tables if "annotation" not in path.name.lower()]
     if len(tables) == 1:
         return _file(tables[0], split, shard)
     hint = (
@@ -230,6 +235,20 @@ def read_source(
         DataError: there is no such source or part, or its table cannot be read at all.
     """
     split = canonical_split(split)
+    try:
+        reading = _read(source, split, shard)
+    except OSError as problem:
+        place = problem.filename or source
+        raise DataError(f"{place} cannot be read: {problem.strerror or problem}") from problem
+    if reading.has_part or (not divide and split == "train"):
+        return reading
+    if not divide:
+        raise DataError(f"{source} has one part only")
+    return _whole_part(reading, split)
+
+
+def _read(source: str | Path, split: str, shard: Shard) -> Reading:
+    """A source's split, where it has such a part; else everything."""
     path = Path(source).expanduser()
     if path.is_dir():
         public = public_set(path)
@@ -244,8 +263,4 @@ def read_source(
         raise DataError(f"{source} is no file, no folder and no hub data set (owner/name)")
     reading = _collect(str(source), items)
     reading.has_part = has_part
-    if has_part or (not divide and split == "train"):
-        return reading
-    if not divide:
-        raise DataError(f"{source} has one part only")
-    return _whole_part(reading, split)
+    return reading
