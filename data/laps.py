@@ -7,12 +7,12 @@ so a reader's share changes from lap to lap, and in each the shares together are
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vlm.data.example import Example
-from vlm.data.mixture import rng_of
 from vlm.data.readers import TARS, shards_in
 from vlm.data.rows import BadRow
 from vlm.data.shards import Part, Shard, expand, parts_of
@@ -22,6 +22,12 @@ from vlm.data.tables import to_examples
 from vlm.errors import DataError
 
 KINDS = dict.fromkeys(TARS, "webdataset") | {".parquet": "parquet"}
+
+
+def _chance(*key: object) -> random.Random:
+    """A generator that is a function of the key, the same on every machine: states count on its order."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +62,7 @@ class Laps:
     def share(self, lap: int) -> list[Part]:
         """What this reader reads in a lap."""
         order = list(range(len(self.files)))
-        rng_of("shards", self.seed, lap).shuffle(order)
+        _chance("shards", self.seed, lap).shuffle(order)
         return parts_of(order, self.shard)
 
     def rows(self, place: Place = Place()) -> Iterator[Row]:

@@ -37,7 +37,7 @@ class SourceConfig:
     per_image: int = 5
     """At most this many answers a picture and epoch."""
     weight: float = 1.0
-    """Weight of its tokens in the loss."""
+    """Weight of its tokens in the loss. It draws nothing more often: `per_image` says how much is drawn."""
     limit: int = 0
     """Only the first so many pictures; 0: all."""
 

@@ -228,6 +228,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the state of every process."""
         randoms, progress = self.processes.random_states(), self.progress()
+        devices = self.processes.device_states()
         if self.processes.main:
             extra = {
                 "step": self.step,
@@ -240,7 +241,7 @@ class Trainer:
                 "config": identity(self.config),
                 **progress,
             }
-            files = pack(self.trained, self.optimizer, self.average, randoms, extra)
+            files = pack(self.trained, self.optimizer, self.average, randoms, extra, devices)
             save_state(self.out / "state", self.step, files, self.config.keep)
         self.accelerator.wait_for_everyone()
 
