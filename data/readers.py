@@ -175,16 +175,29 @@ def shards_in(folder: Path, split: str) -> tuple[str, list[Path], bool] | None:
     return None
 
 
-def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
-    """(examples, whether the folder itself has the split as a part)."""
-    if metadata_file(folder):
-        return read_image_folder(folder), False
+def part_folders(folder: Path) -> dict[str, Path]:
+    """The image folders below a folder that are called after a part ("train", "val"), by part."""
     below = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    parts = {
+    return {
         part: found
         for part, names in PART_FOLDERS.items()
         if (found := next((below[n] for n in names if n in below and metadata_file(below[n])), None))
     }
+
+
+def own_dev(folder: Path) -> Path | None:
+    """The dev part that a folder brings itself, apart from its training part; None where it has none."""
+    if not folder.is_dir() or metadata_file(folder) or public_set(folder) or dev_is_from_train(folder):
+        return None
+    parts = part_folders(folder)
+    return parts.get("dev") if "train" in parts else None
+
+
+def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
+    """(examples, whether the folder itself has the split as a part)."""
+    if metadata_file(folder):
+        return read_image_folder(folder), False
+    parts = part_folders(folder)
     if parts:
         if split == "train-rest" and "dev" not in parts and "train" in parts:
             return read_image_folder(parts["train"]), False

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlm.checkpoint import save_adapter
 from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, told_of
-from vlm.errors import ConfigError, VLMError
+from vlm.errors import VLMError
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
 from vlm.train import fast, mup
@@ -137,11 +137,7 @@ class Trainer:
             return
         tensors, meta = read_state(path)
         extra = meta["extra"]
-        try:
-            changed = other_keys(extra["config"], self.config)
-        except ConfigError as problem:
-            changed = [f"it was written by another version: {problem}"]
-        if changed:
+        if changed := other_keys(extra["config"], self.config):
             raise TrainingError(
                 f"{path} is of another recipe ({', '.join(changed)}): choose another out=FOLDER, "
                 "or give --fresh to start anew"

@@ -16,7 +16,7 @@ from vlm.conversation import ImageSource
 from vlm.data.collate import Group, Source, group_by_image, group_name, image_name
 from vlm.data.duplicates import Print, print_of
 from vlm.data.example import Example
-from vlm.data.readers import Reading
+from vlm.data.readers import Reading, own_dev
 from vlm.data.sources import find_reading
 from vlm.data.splits import split_by_image
 from vlm.data.text import all_spoken
@@ -73,6 +73,22 @@ def read_source(source: SourceConfig, config: TrainConfig) -> Source:
     return Source(said, source.per_image, source.weight, bad, passed_by=passed_by)
 
 
+def own_part(config: TrainConfig) -> Source | None:
+    """The part that a person's own folder sets aside itself (`val/`), read as its training part is.
+
+    None where the recipe sets nothing aside, learns other sources too, or the folder has no such part.
+
+    Raises:
+        DataError: it cannot be read, or more than 1 % of its rows cannot be used.
+    """
+    source = config.sources[0] if len(config.sources) == 1 else None
+    if not config.holdout or source is None or source.name or source.split != "train" or not config.data:
+        return None
+    if own_dev(Path(config.data).expanduser()) is None:
+        return None
+    return read_source(replace(source, split="dev", limit=0), config)
+
+
 def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
     """Everything said of the first `count` pictures."""
     names = [group_name(example.images) for example in examples]
@@ -80,14 +96,21 @@ def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
     return [example for example, name in zip(examples, names, strict=True) if name in kept]
 
 
-def set_aside(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Example]]:
+def set_aside(
+    sources: Sequence[Source], share: float, part: Source | None = None
+) -> tuple[list[Source], list[Example]]:
     """The sources without a share of their pictures, and every example of those pictures.
+
+    Where the data has a `part` for this, nothing is taken from the sources.
 
     Raises:
         DataError: there are fewer than two pictures.
     """
     if not share:
         return list(sources), []
+    if part is not None:
+        first = replace(sources[0], bad=[*sources[0].bad, *part.bad])
+        return [first, *sources[1:]], list(part.examples)
     try:
         _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
     except DataError as problem:

@@ -95,19 +95,18 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 def other_keys(stored: dict[str, Any], config: TrainConfig) -> list[str]:
     """The keys in which a state's recipe is another one; those that its version did not know have defaults.
 
-    Raises:
-        ConfigError: the stored recipe has keys or values that this version does not know.
+    A recipe that this version cannot read differs in what it cannot read.
     """
-    one, other = _flat(identity(recipe_config(stored))), _flat(identity(config))
+    try:
+        one, other = _flat(identity(recipe_config(stored))), _flat(identity(config))
+    except ConfigError as problem:
+        return [str(problem)]
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def same_recipe(stored: dict[str, Any], config: TrainConfig) -> bool:
     """Whether a state's recipe is this one; keys that its version did not know have their defaults."""
-    try:
-        return not other_keys(stored, config)
-    except ConfigError:
-        return False
+    return not other_keys(stored, config)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

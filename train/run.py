@@ -33,7 +33,7 @@ from vlm.train.loop import Trainer
 from vlm.train.pairs import paired
 from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
-from vlm.train.prepare import FeatureStore, groups_of, set_aside
+from vlm.train.prepare import FeatureStore, groups_of, own_part, set_aside
 from vlm.train.processes import Processes
 from vlm.train.record import DEV, RUN, Record, machine
 from vlm.train.screen import Screen
@@ -68,7 +68,10 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         return _train_streamed(config, accelerator, offline)
     with Screen(accelerator.is_main_process) as screen:
         sources, aside = apportion(config)
-        sources, held = set_aside(sources, config.holdout)
+        part = own_part(config)
+        if part is not None:
+            screen.say(f"{config.data} has a validation part: that is asked, and nothing else set aside")
+        sources, held = set_aside(sources, config.holdout, part)
         model = make_model(config, offline, start)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
         dev = open_dev(config, model, aside, screen, accelerator)

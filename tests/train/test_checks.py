@@ -268,3 +268,29 @@ def test_one_picture_names_the_way_out(own: Callable[..., Path], recipe: Recipe)
     folder = own(1)
     with pytest.raises(DataError, match=r"1 picture\(s\) cannot be divided .*: say holdout=0"):
         train(of(recipe, folder, steps=1, holdout=0.2), offline=True)
+
+
+def test_a_folders_own_validation_part_is_what_is_asked(
+    own: Callable[..., Path],
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    draw: Callable[..., Any],
+) -> None:
+    from vlm.train.run import train
+
+    own(16, "both/train")
+    val = tmp_path / "both" / "val"
+    val.mkdir()
+    for number in range(3):
+        draw(50 + number).save(val / f"v{number}.png")
+    rows = "".join(f"v{number}.png,What is it?,dog\n" for number in range(3))
+    (val / "metadata.csv").write_text("file_name,question,answer\n" + rows)
+    config = of(recipe, tmp_path / "both", steps=1, holdout=0.2)
+    assert train(config, offline=True)
+    assert "has a validation part: that is asked, and nothing else set aside" in capsys.readouterr().err
+    facts = json.loads((Path(config.out) / "run.json").read_text())
+    assert facts["preflight"]["pictures"] == PICTURES
+    found = json.loads((Path(config.out) / "holdout.json").read_text())
+    assert [row["id"] for row in found["answers"]] == [f"metadata.csv:{n}" for n in (2, 3, 4)]
+    assert found["set_aside"] == 3
