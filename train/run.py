@@ -221,7 +221,7 @@ def set_dropout(model: VLM, share: float) -> None:
     """Gives a model's adapter another dropout than the one that it was built with."""
     for module in model.adapter.modules():
         if hasattr(module, "dropout"):
-            module.dropout = share
+            module.dropout = share  # type: ignore[assignment]
     sizes = replace(getattr(model.config, model.config.adapter), dropout=share)
     model.config = replace(model.config, **{model.config.adapter: sizes})
 
