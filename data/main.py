@@ -123,7 +123,7 @@ def _convert(args: argparse.Namespace) -> int:
     note = ""
     if name in NO_DEV:
         note = "The validation part is set aside from the official training part, by picture."
-    parts = _parts(lambda split: PUBLIC[name][1](root, split), splits)
+    parts = _parts(lambda split: PUBLIC[name][1](root, split, True), splits)
     about = {"name": name, **ABOUT[name], **({"dev_from": "train"} if name in NO_DEV else {})}
     _print_sizes(
         write_dataset(parts.items(), Path(args.destination), about, note=note), Path(args.destination)

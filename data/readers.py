@@ -30,7 +30,7 @@ from vlm.errors import DataError
 
 log = logging.getLogger(__name__)
 
-PUBLIC: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], list[Example]]]] = {
+PUBLIC: dict[str, tuple[Callable[[Path, bool], bool], Callable[[Path, str, bool], list[Example]]]] = {
     "flickr8k": (flickr8k.looks_like, flickr8k.read),
     "daquar": (daquar.looks_like, daquar.read),
     "easy-vqa": (easy_vqa.looks_like, easy_vqa.read),
@@ -99,7 +99,7 @@ class Reading:
 
 def public_set(folder: Path) -> str | None:
     """The public set whose downloaded layout `folder` has, or None."""
-    return next((name for name, (looks_like, _) in PUBLIC.items() if looks_like(folder)), None)
+    return next((name for name, (looks_like, _) in PUBLIC.items() if looks_like(folder, True)), None)
 
 
 def dev_is_from_train(source: str | Path) -> bool:
@@ -193,22 +193,26 @@ def own_dev(folder: Path) -> Path | None:
     return parts.get("dev") if "train" in parts else None
 
 
-def _folder(folder: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
+def _folder(
+    folder: Path, split: str, shard: Shard, pictures: bool
+) -> tuple[Iterator[Example | BadRow], bool]:
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
-        return read_image_folder(folder), False
+        return read_image_folder(folder, pictures), False
     parts = part_folders(folder)
     if parts:
         if split == "train-rest" and "dev" not in parts and "train" in parts:
-            return read_image_folder(parts["train"]), False
+            return read_image_folder(parts["train"], pictures), False
         if split == "dev" and "dev" not in parts and "train" in parts:
-            return read_image_folder(parts["train"]), False
+            return read_image_folder(parts["train"], pictures), False
         if split == "train" and {"train", "dev"} <= parts.keys() and dev_is_from_train(folder):
-            return chain(read_image_folder(parts["train"]), read_image_folder(parts["dev"])), True
+            return chain(
+                read_image_folder(parts["train"], pictures), read_image_folder(parts["dev"], pictures)
+            ), True
         wanted = "train" if split == "train-rest" else split
         if wanted not in parts:
             raise DataError(f"{folder} has no {wanted} part; it has {', '.join(sorted(parts))}")
-        return read_image_folder(parts[wanted]), True
+        return read_image_folder(parts[wanted], pictures), True
     if (found_shards := shards_in(folder, split)) is not None:
         kind, chosen, named = found_shards
         return (read_parquet if kind == "parquet" else read_webdataset)(chosen, shard), named
@@ -236,20 +240,25 @@ def _whole_part(reading: Reading, split: str) -> Reading:
 
 
 def read_source(
-    source: str | Path, split: str = "train", *, shard: Shard = (0, 1), divide: bool = True
+    source: str | Path,
+    split: str = "train",
+    *,
+    shard: Shard = (0, 1),
+    divide: bool = True,
+    pictures: bool = True,
 ) -> Reading:
     """Read any source; `Reading.checked()` gives the examples or says what is wrong.
 
     A source with one part only is divided by image: `train` is all of it, `dev` a fifth, `train-rest` the
     other four fifths (`divide=False`: it has `train` only). `shard` = (rank, world) reads one of `world`
-    parts of Parquet, tar and hub sources.
+    parts of Parquet, tar and hub sources. `pictures=False`: image folders and public sets may lack them.
 
     Raises:
         DataError: there is no such source or part, or its table cannot be read at all.
     """
     split = canonical_split(split)
     try:
-        reading = _read(source, split, shard)
+        reading = _read(source, split, shard, pictures)
     except OSError as problem:
         place = problem.filename or source
         raise DataError(f"{place} cannot be read: {problem.strerror or problem}") from problem
@@ -260,14 +269,14 @@ def read_source(
     return _whole_part(reading, split)
 
 
-def _read(source: str | Path, split: str, shard: Shard) -> Reading:
+def _read(source: str | Path, split: str, shard: Shard, pictures: bool) -> Reading:
     """A source's split, where it has such a part; else everything."""
     path = Path(source).expanduser()
     if path.is_dir():
         public = public_set(path)
         if public:
-            return Reading(str(source), PUBLIC[public][1](path, split))
-        items, has_part = _folder(path, split, shard)
+            return Reading(str(source), PUBLIC[public][1](path, split, pictures))
+        items, has_part = _folder(path, split, shard, pictures)
     elif path.is_file():
         items, has_part = _file(path, split, shard)
     elif (name := hub_name(source)) is not None:

@@ -229,8 +229,10 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     return examples
 
 
-def picture_finder(base: Path) -> Find:
+def picture_finder(base: Path, needed: bool = True) -> Find:
     """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both.
+
+    `needed=False`: paths are not looked up.
 
     Question sets hold a picture once for each of its questions, side by side: the bytes are kept once.
     """
@@ -248,7 +250,7 @@ def picture_finder(base: Path) -> Find:
             raise RowError("no picture named")
         if "://" in name:
             raise RowError("picture is a web address", name[:80])
-        path = existing(base, name)
+        path = existing(base, name) if needed else base / name
         if path is None:
             raise RowError("picture missing", name[:80])
         return path

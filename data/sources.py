@@ -19,40 +19,47 @@ def canonical_name(name: str) -> str:
     return _SPELLINGS.get(plain, plain)
 
 
-def find_root(name: str, root: Path | None) -> Path:
+def find_root(name: str, root: Path | None, *, pictures: bool = True) -> Path:
     """The folder of set `name`: `root` itself, or a subfolder of it that is called after the set.
 
+    Where no root is given easy-VQA is the installed package's. `pictures=False`: its words will do.
+
     Raises:
-        DataError: neither has the set's layout (easy-VQA falls back on the installed package).
+        DataError: neither has the set's layout.
     """
-    looks_like, _ = PUBLIC[name]
-    for folder in (root, root / name, root / name.replace("-", "_")) if root else ():
-        if looks_like(folder):
-            return folder
-    if name == "easy-vqa":
-        return easy_vqa.package_root()
     if root is None:
+        if name == "easy-vqa":
+            return easy_vqa.package_root()
         raise DataError(f"say where {name} lies (--data FOLDER)")
+    looks_like, _ = PUBLIC[name]
+    for folder in (root, root / name, root / name.replace("-", "_")):
+        if looks_like(folder, pictures):
+            return folder
     raise DataError(f"{root} does not hold {name} in a layout that is known; see `vlm data convert --help`")
 
 
-def read_dataset(name_or_dir: str | Path, root: Path | None = None, split: str = "train") -> list[Example]:
+def read_dataset(
+    name_or_dir: str | Path, root: Path | None = None, split: str = "train", *, pictures: bool = True
+) -> list[Example]:
     """The examples of one split of a public set or of any source that `vlm data check` reads.
 
     Args:
         name_or_dir: `flickr8k`, `daquar` or `easy-vqa` (with `root` the set's folder or its parent; a
             converted folder will do too), or a folder, file or hub id (relative paths also below `root`).
-        root: where the named set lies; for easy-VQA the installed package is used when it is not there.
+        root: where the named set lies; for easy-VQA the installed package is used when none is given.
         split: `train`, `dev` (also `val`, `validation`), `test`, or `train-rest`: the training part without
             the pictures that `dev` sets aside where a set has no dev part of its own.
+        pictures: False: those of a named set need not be there, only its words are wanted.
 
     Raises:
         DataError: the set, the split or one of its files is not there, or more than 1 % of it cannot be used.
     """
-    return find_reading(name_or_dir, root, split).checked()
+    return find_reading(name_or_dir, root, split, pictures=pictures).checked()
 
 
-def find_reading(name_or_dir: str | Path, root: Path | None = None, split: str = "train") -> Reading:
+def find_reading(
+    name_or_dir: str | Path, root: Path | None = None, split: str = "train", *, pictures: bool = True
+) -> Reading:
     """What `read_dataset` reads, with the rows that cannot be used.
 
     Raises:
@@ -64,9 +71,9 @@ def find_reading(name_or_dir: str | Path, root: Path | None = None, split: str =
             [folder for folder in (root, root / name) if (folder / "dataset.json").is_file()] if root else []
         )
         if converted:
-            return read_source(converted[0], split)
-        folder = find_root(name, root)
-        return Reading(str(folder), PUBLIC[name][1](folder, split))
+            return read_source(converted[0], split, pictures=pictures)
+        folder = find_root(name, root, pictures=pictures)
+        return Reading(str(folder), PUBLIC[name][1](folder, split, pictures))
     if not str(name_or_dir):
         raise DataError("no data set is named")
     if root is not None and not Path(name_or_dir).exists() and (root / name_or_dir).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,21 @@ DELIMITERS = (",", ";", "\t")
 Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
-def csv_rows(text: str, name: str, delimiter: str = ",") -> Rows:
+def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] = ()) -> Rows:
     """(place, row) of a CSV text with a header; columns of one name (five "caption"s) become a list.
 
-    A place is the line that a row begins in.
+    A place is the line that a row begins in. `columns` are those of a text without header.
 
     Raises:
         DataError: there is no header.
     """
     csv.field_size_limit(CELL_LIMIT)
     blank = len(text) - len(text.lstrip("\r\n"))
-    delimiter = _delimiter(text[blank:], delimiter)
-    reader = csv.reader(io.StringIO(text[blank:], newline=""), delimiter=delimiter, strict=True)
     before = text[:blank].count("\n") or text[:blank].count("\r")
+    delimiter = delimiter if columns else _delimiter(text[blank:], delimiter)
+    reader = csv.reader(io.StringIO(text[blank:], newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [cell.strip() for cell in next(reader, [])]
+        header = list(columns) or [cell.strip() for cell in next(reader, [])]
     except csv.Error as error:
         raise DataError(f"{name} has a header row that is not CSV: {error}") from None
     if not any(header):
@@ -78,6 +78,20 @@ def _delimiter(text: str, usual: str) -> str:
         return sum(known_column(cell.strip('" ')) in KNOWN_COLUMNS for cell in header.split(mark))
 
     return max((usual, *DELIMITERS), key=known)
+
+
+def whole_csv(path: Path, columns: Sequence[str] = ()) -> list[Mapping[str, Any]]:
+    """Every row of a CSV file; `columns` are those of a file that does not name them.
+
+    Raises:
+        DataError: the file is missing or has no header; a row cannot be used.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for _, row in csv_rows(read_text(path), str(path), columns=columns):
+        if isinstance(row, BadRow):
+            raise DataError(str(row))
+        rows.append(row)
+    return rows
 
 
 def jsonl_rows(text: str, name: str) -> Rows:
@@ -139,8 +153,10 @@ def metadata_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
+def read_image_folder(folder: Path, pictures: bool = True) -> Iterator[Example | BadRow]:
     """The examples of a folder with `metadata.csv` or `metadata.jsonl` (the imagefolder convention).
+
+    `pictures=False`: they need not be there.
 
     Raises:
         DataError: the folder has no such file, or two.
@@ -148,4 +164,4 @@ def read_image_folder(folder: Path) -> Iterator[Example | BadRow]:
     path = metadata_file(folder)
     if path is None:
         raise DataError(f"{folder} has no metadata.csv or metadata.jsonl (columns file_name and text)")
-    return to_examples(text_rows(path), folder)
+    return to_examples(text_rows(path), picture_finder(folder, needed=pictures))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.conversation import Turn
 from vlm.data.example import Example
-from vlm.errors import ConfigError
-from vlm.eval import report, tasks
+from vlm.errors import ConfigError, DataError
+from vlm.eval import outputs, report, tasks
 from vlm.eval.main import add_data
 from vlm.eval.metrics.vqa import normalise, punctuation, vqa_accuracy
 from vlm.eval.predictions import read_predictions
-from vlm.eval.task import question
+from vlm.eval.task import Task, question
 from vlm.options import add_offline, apply_offline, make_parser
 
 
@@ -101,10 +102,15 @@ PROTOCOLS = (
 
 
 def main(argv: list[str]) -> int:
-    """Runs `vlm eval audit TASK --data DIR --predictions FILE`."""
+    """Runs `vlm eval audit FILE` of a run of ours, or `vlm eval audit TASK --data DIR --predictions FILE`."""
     parser = make_parser("vlm eval audit", "Score one file of answers under several harnesses' rules.")
-    parser.add_argument("task", help="a task with VQA accuracy (vqav2, okvqa, vizwiz, textvqa, folder-vqa)")
-    parser.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="the answers")
+    parser.add_argument(
+        "task",
+        metavar="FILE|TASK",
+        help="report, items or answers of `vlm eval`; or a task with VQA accuracy (vqav2, okvqa, vizwiz, "
+        "textvqa, folder-vqa), with --data and --predictions",
+    )
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="anyone's answers to the task")
     parser.add_argument(
         "--show", type=int, default=20, metavar="N", help="differing items to print (default: 20)"
     )
@@ -112,11 +118,14 @@ def main(argv: list[str]) -> int:
     add_offline(parser)
     args = parser.parse_args(argv)
     apply_offline(args)
-    task = tasks.get(args.task)
-    if task.captions:
-        raise ConfigError(f"the audit is about VQA accuracy; {task.name} has captions")
-    examples = task.examples(args.data, args.split, pictures=False)
-    found = audit(examples, read_predictions(args.predictions, task, examples))
+    outputs.check(args.out, spare=[args.predictions or Path(args.task)])
+    if args.predictions is None:
+        task, examples, answers = recorded(Path(args.task))
+    else:
+        task = _with_accuracy(args.task)
+        examples = task.examples(args.data, args.split, pictures=False)
+        answers = read_predictions(args.predictions, task, examples)
+    found = audit(examples, answers)
     if args.out:
         report.write_json(args.out, {"task": task.name, **found})
     for protocol in PROTOCOLS:
@@ -129,6 +138,41 @@ def main(argv: list[str]) -> int:
         for reason in row["why"]:
             print(f"      {reason}")
     return 0
+
+
+def _with_accuracy(name: str) -> Task:
+    task = tasks.get(name)
+    if task.captions:
+        raise ConfigError(f"the audit is about VQA accuracy; {task.name} has captions")
+    return task
+
+
+def recorded(path: Path) -> tuple[Task, list[Example], list[str]]:
+    """Task, examples and answers of a run: its report, or the items or answers (a control's too) beside it.
+
+    The items hold questions and references, so neither the task's data nor its split need be said.
+
+    Raises:
+        ConfigError: captions.
+        DataError: the file is none of these, or what lies beside it is missing or damaged.
+    """
+    kind = re.fullmatch(r"(.+)\.(items|answers(?:\.\w+)?)\.jsonl", path.name)
+    whole = path.with_name(f"{kind[1]}.json") if kind else path
+    try:
+        task = _with_accuracy(report.read_report(whole)["task"])
+    except DataError as error:
+        raise DataError(
+            f"{error}; answers without a report want `vlm eval audit TASK --data DIR --predictions FILE`"
+        ) from None
+    rows = report.read_items(whole, ("key", "question", "references", "answer"))
+    examples = [
+        Example((), (Turn("user", (row["question"],)),), tuple(row["references"]), row["id"],
+                {name: row[name] for name in ("key", "confidences") if name in row})
+        for row in rows
+    ]  # fmt: skip
+    if kind and kind[2] != "items":
+        return task, examples, read_predictions(path, task, examples)
+    return task, examples, [row["answer"] for row in rows]
 
 
 def audit(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:

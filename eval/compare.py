@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm.errors import DataError
-from vlm.eval import report, stats
+from vlm.eval import outputs, report, stats
+from vlm.eval.corpus import CORPUS_SCORES
 from vlm.eval.task import LOWER_IS_BETTER
 from vlm.options import make_parser
+
+Row = dict[str, Any]
+Pair = tuple[Row, Row]  # one item in both reports
 
 
 def main(argv: list[str]) -> int:
@@ -24,6 +28,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the comparison")
     args = parser.parse_args(argv)
+    outputs.check(args.out, spare=[args.first, args.second])
     found = compare(args.first, args.second)
     if args.out:
         report.write_json(args.out, found)
@@ -32,63 +37,104 @@ def main(argv: list[str]) -> int:
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """Differences (B minus A) of every item score that both reports hold, with intervals.
+    """Differences (B minus A) of every score that both reports hold, with intervals.
 
     Raises:
-        DataError: other tasks, data or items.
+        DataError: other tasks, data or items, or a damaged report.
     """
     a, b = report.read_report(first), report.read_report(second)
     for key in ("task", "split"):
         if a[key] != b[key]:
             raise DataError(f"the reports differ in their {key}: {a[key]} and {b[key]}")
-    if a["hashes"]["data"] != b["hashes"]["data"]:
+    if a["hashes"].get("data") != b["hashes"].get("data"):
         raise DataError("the reports are of different data (questions or references differ)")
-    if a["hashes"]["scorer"] != b["hashes"]["scorer"]:
+    if a["hashes"].get("scorer") != b["hashes"].get("scorer"):
         raise DataError("the reports are of different scorers: score one again with `vlm eval score`")
-    ours = {row["id"]: row for row in report.read_items(first)}
-    theirs = {row["id"]: row for row in report.read_items(second)}
+    # Answers that came from a file were scored without pictures.
+    pictures = {one["hashes"].get("pictures") for one in (a, b)} - {None}
+    ours, theirs = _items(first), _items(second)
     if ours.keys() != theirs.keys():
         raise DataError("the reports hold different items")
-    metrics: dict[str, Any] = {}
-    main = a.get("main_metric", next(iter(a["metrics"])))
-    flipped: list[dict[str, Any]] = []
-    for name in next(iter(ours.values()))["scores"]:
-        ids = [id for id in ours if ours[id]["scores"][name] is not None]
-        result = stats.compare(
-            [ours[id]["scores"][name] for id in ids], [theirs[id]["scores"][name] for id in ids]
-        )
-        metrics[name] = {
-            "a": float(np.mean([ours[id]["scores"][name] for id in ids])),
-            "b": float(np.mean([theirs[id]["scores"][name] for id in ids])),
-            "difference": result.difference,
-            "interval": list(result.interval),
-            "p_value": result.p_value,
-            "better": len(result.worse if name in LOWER_IS_BETTER else result.better),
-            "worse": len(result.better if name in LOWER_IS_BETTER else result.worse),
-        }
-        if name == main:
-            for n in sorted((*result.better, *result.worse)):
-                one, two = ours[ids[n]], theirs[ids[n]]
-                change = {
-                    "a": one["answer"],
-                    "b": two["answer"],
-                    "scores": [one["scores"][name], two["scores"][name]],
-                }
-                flipped.append({k: one[k] for k in ("id", "question", "references")} | change)
-    flipped.sort(key=lambda row: -abs(row["scores"][1] - row["scores"][0]))
-    changed = [(row, theirs[id]) for id, row in ours.items() if row["answer"] != theirs[id]["answer"]]
+    pairs = [(row, theirs[id]) for id, row in ours.items()]
+    metrics, left_out = _differences(a["metrics"], b["metrics"], pairs)
+    changed = [(one, two) for one, two in pairs if one["answer"] != two["answer"]]
     return {
         "task": a["task"],
         "split": a["split"],
-        "n": len(ours),
+        "n": len(pairs),
         "metrics": metrics,
+        "left_out": left_out,
         "answers_differ": len(changed),
         "near_ties": _near_ties(changed),
-        "flipped": flipped,
+        "same_pictures": len(pictures) < 2,
+        "flipped": _flipped(pairs, a["main_metric"]),
     }
 
 
-def _near_ties(changed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int | None:
+def _items(path: Path) -> dict[str, Row]:
+    """The items beside a report, by id."""
+    return {row["id"]: row for row in report.read_items(path, ("question", "references", "answer"))}
+
+
+def _differences(
+    a: Mapping[str, float], b: Mapping[str, float], pairs: Sequence[Pair]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(metric -> its comparison, metric -> why there is none), of all that either report holds."""
+    names = dict.fromkeys([*a, *b, *pairs[0][0]["scores"]])
+    found: dict[str, Any] = {}
+    for each in CORPUS_SCORES:
+        if not any(name in a and name in b for name in each.names):
+            continue
+        references = [one["references"] for one, _ in pairs]
+        ours, theirs = (each.counts([pair[n]["answer"] for pair in pairs], references) for n in (0, 1))
+        for name, result in zip(each.names, stats.compare_corpus(ours, theirs, each.score), strict=True):
+            if name in a and name in b:
+                found[name] = _row(a[name], b[name], result)
+    left_out = {}
+    for name in names:
+        if name in found:
+            continue
+        scores = [(one["scores"].get(name), two["scores"].get(name)) for one, two in pairs]
+        counted = [pair for pair in scores if None not in pair]
+        if (name in a) != (name in b):
+            left_out[name] = f"{'B' if name in a else 'A'} has no such score"
+        elif not counted:
+            left_out[name] = "a figure of the whole set alone" if name in a else "no item counts for it"
+        else:
+            first, second = zip(*counted, strict=True)
+            result = stats.compare(first, second)
+            better, worse = len(result.better), len(result.worse)
+            turned = name in LOWER_IS_BETTER
+            found[name] = _row(float(np.mean(first)), float(np.mean(second)), result) | {
+                "better": worse if turned else better,
+                "worse": better if turned else worse,
+            }
+    return {name: found[name] for name in names if name in found}, left_out
+
+
+def _flipped(pairs: Sequence[Pair], main: str) -> list[dict[str, Any]]:
+    """The items whose main score differs, the farthest apart first."""
+    found = []
+    for one, two in pairs:
+        scores = [row["scores"].get(main) for row in (one, two)]
+        if None not in scores and scores[0] != scores[1]:
+            change = {"a": one["answer"], "b": two["answer"], "scores": scores}
+            found.append({key: one[key] for key in ("id", "question", "references")} | change)
+    found.sort(key=lambda row: -abs(row["scores"][1] - row["scores"][0]))
+    return found
+
+
+def _row(a: float, b: float, result: stats.Comparison) -> dict[str, Any]:
+    return {
+        "a": a,
+        "b": b,
+        "difference": result.difference,
+        "interval": list(result.interval),
+        "p_value": result.p_value,
+    }
+
+
+def _near_ties(changed: Sequence[Pair]) -> int | None:
     """How many differing answers were near ties in either run; None where a report holds no margins."""
     near = 0
     for pair in changed:
@@ -101,13 +147,17 @@ def _near_ties(changed: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int 
 
 def _show(found: dict[str, Any], count: int) -> None:
     print(f"{found['task']}, {found['split']}, {found['n']} items, B minus A")
+    if not found["same_pictures"]:
+        print("  the pictures differ: the same questions were asked about other picture files")
     for name, row in found["metrics"].items():
         low, high = row["interval"]
         print(
             f"  {name:<20} {row['a']:7.2f} -> {row['b']:7.2f}   {row['difference']:+.2f} "
-            f"(95 % {low:+.2f} to {high:+.2f}, p {row['p_value']:.3f}); "
-            f"{row['better']} better, {row['worse']} worse"
+            f"(95 % {low:+.2f} to {high:+.2f}, p {row['p_value']:.3f})"
+            + (f"; {row['better']} better, {row['worse']} worse" if "better" in row else "")
         )
+    for name, why in found["left_out"].items():
+        print(f"  {name:<20}       -   {why}")
     ties = "near ties are not measured in both" if found["near_ties"] is None else (
         f"{found['near_ties']} of them near ties (the two best within {report.NEAR_TIE:g})"
     )  # fmt: skip

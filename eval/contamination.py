@@ -6,7 +6,7 @@ questions about other pictures are counted, not removed: most benchmarks repeat 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
     """The report's part on contamination by the pictures below a training folder.
 
     Returns:
-        how many pictures and examples of the evaluation stand in the training folder, which, the scores
-        without them, and the share of questions that training asks too (None without a training split).
+        how many pictures of the evaluation stand in the training folder, which, how many examples show one,
+        the scores without these, and the share of questions that training asks too (None without a training
+        split).
 
     Raises:
         DataError: no pictures below the folder, or one that cannot be read.
@@ -39,8 +40,12 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
     files = sorted(path for path in train.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"{train} holds no training pictures")
-    names = [picture_names(example.images)[0] for example in session.examples]
-    held = {name: example.images[0] for name, example in zip(names, session.examples, strict=True)}
+    names = [picture_names(example.images) for example in session.examples]
+    held = {
+        name: image
+        for example, each in zip(session.examples, names, strict=True)
+        for name, image in zip(each, example.images, strict=True)
+    }
     pairs = leaks(
         [_print(str(path), path) for path in files], [_print(n, image) for n, image in held.items()]
     )
@@ -49,7 +54,7 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
         for one, other in pairs
         if one.sha256 == other.sha256 or same(session.model, held[one.name], other.name)
     }
-    clean = [number for number, name in enumerate(names) if name not in found]
+    clean = [number for number, each in enumerate(names) if found.keys().isdisjoint(each)]
     return {
         "training_pictures": len(files),
         "pictures": len(found),
@@ -58,6 +63,24 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
         "without": _without(session, answers, clean) if found and clean else None,
         "questions_seen": _seen(session),
     }
+
+
+def lines(found: Mapping[str, Any], main: str) -> list[str]:
+    """The part in words, for people: what was seen, then the score without it."""
+    said = [
+        f"{found['pictures']} pictures of {found['examples']} examples are among "
+        f"{found['training_pictures']} training pictures"
+    ]
+    clean = found["without"]
+    if clean and main in clean["metrics"]:
+        ends = clean["intervals"].get(main)
+        between = f" (95 % {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+        said.append(f"{main} of the {clean['n']} other examples: {clean['metrics'][main]:.2f}{between}")
+    elif found["examples"]:
+        said.append("no other example is left to score")
+    if found["questions_seen"] is not None:
+        said.append(f"{found['questions_seen']:.1f} % of the questions are asked in training, word for word")
+    return said
 
 
 def _print(name: str, source: ImageSource) -> Print:

@@ -1,7 +1,7 @@
 """The model as lmms-eval's harness wants it, so that its own tasks can run it.
 
-    pip install lmms-eval
-    lmms_eval --model vlm --model_args adapter=default --tasks mme --batch_size 16
+    pip install -e '.[lmms]'
+    python -m lmms_eval --model vlm --model_args adapter=default --tasks mme --batch_size 16
 
 The package's entry point in the group `lmms_eval.models` names `MANIFEST`; nothing of ours imports this file.
 """

@@ -4,6 +4,7 @@ vlm eval flickr8k --data DIR --out runs/flickr8k.json
 vlm eval --list
 vlm eval score vqav2 --data DIR --predictions FILE --out REPORT.json
 vlm eval compare A.json B.json
+vlm eval audit REPORT.json
 vlm eval audit vqav2 --data DIR --predictions FILE
 vlm eval calibrate REPORT.json --target 0.8
 """
@@ -50,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--controls", choices=("all", "none"), default="all", help="default: all")
     parser.add_argument("--limit", type=positive, metavar="N", help="only N examples: not comparable")
-    parser.add_argument(
-        "--shots", type=positive, default=0, metavar="K", help="K solved examples before each"
-    )
+    parser.add_argument("--shots", type=count, default=0, metavar="K", help="K solved examples before each")
     parser.add_argument(
         "--shot-labels", choices=("true", "random"), default="true", help="answers of the shots"
     )
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--maps",
-        type=positive,
+        type=count,
         default=0,
         metavar="N",
         help="draw where the model looked on the page's N best and N worst items",
@@ -106,17 +105,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def show_list() -> None:
-    """Prints every task: splits, main metric, chance, published figures with sources."""
+    """Prints every task: splits, main metric, chance, published figures with sources.
+
+    Chance is a function of the examples; without data its rule stands here, the report has the number.
+    """
     from rich.console import Console
     from rich.table import Table
 
+    from vlm.eval.scorers import choice_chance, half, uniform_chance
+
+    rules: dict[object, str] = {
+        half: "50",
+        choice_chance: "100 / own choices",
+        uniform_chance: "100 / all answers",
+    }
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("task", "what", "splits (default first)", "published"):
+    for column in ("task", "what", "splits (default first)", "main metric", "chance, %", "published"):
         table.add_column(column, overflow="fold")
     for name in tasks.TASKS:
         task = tasks.get(name)
         splits = [task.split, *(split for split in task.splits if split != task.split)]
         figures = "\n".join(f"{p.metric} {p.value:g} ({p.source})" for p in task.published)
-        table.add_row(name, task.about, ", ".join(splits), figures or "-")
+        chance = rules.get(task.chance, "-")
+        table.add_row(name, task.about, ", ".join(splits), task.main, chance, figures or "-")
     Console(width=None if sys.stdout.isatty() else 160).print(table)

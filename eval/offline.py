@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm.eval import report, tasks
+from vlm.eval import outputs, report, tasks
 from vlm.eval.main import add_data
 from vlm.eval.predictions import read_predictions
 from vlm.options import add_offline, apply_offline, make_parser
@@ -20,10 +20,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     apply_offline(args)
     task = tasks.get(args.task)
+    out = args.out or args.predictions.with_suffix(".report.json")
+    outputs.check(out, page=True, spare=[args.predictions])
+    outputs.check(report.siblings(out, "items"), spare=[args.predictions])
     examples = task.examples(args.data, args.split, pictures=False)
     answers = read_predictions(args.predictions, task, examples)
     scores = task.scores(examples, answers, java=not args.no_java)
-    out = args.out or args.predictions.with_suffix(".report.json")
     report.write_items(report.siblings(out, "items"), report.items(examples, answers, scores))
     block = {
         "version": report.VERSION,

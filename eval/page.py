@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm.conversation import ImageSource
 from vlm.data.example import Example
-from vlm.eval import report
+from vlm.eval import contamination, outputs, report
 from vlm.eval.task import LOWER_IS_BETTER
 from vlm.images import ImageError, open_picture
 
@@ -47,7 +47,8 @@ def write_page(path: Path) -> Path:
     """Writes REPORT.html beside REPORT.json and returns its path."""
     found, items = report.read_report(path), report.read_items(path)
     page = path.with_suffix(".html")
-    page.write_text(render(found, items), encoding="utf-8")
+    with outputs.writing(page):
+        page.write_text(render(found, items), encoding="utf-8")
     return page
 
 
@@ -64,6 +65,7 @@ def render(found: dict[str, Any], items: Sequence[dict[str, Any]]) -> str:
         _scores(found),
         _controls(found, main),
         _breakdown(found, main),
+        _contamination(found.get("contamination"), main),
         _calibration(found.get("calibration")),
         _items(items, main, max(SHOWN, found.get("maps") or 0)),
         _how(found),
@@ -161,6 +163,14 @@ def _breakdown(found: dict[str, Any], main: str) -> str:
         for kind, row in table.items()
     ]
     return "<h2>By kind</h2>" + _table(("kind", "examples", *metrics), rows)
+
+
+def _contamination(seen: dict[str, Any] | None, main: str) -> str:
+    if not seen:
+        return ""
+    words = "".join(_tag("p", line) for line in contamination.lines(seen, main))
+    pairs = _table(("evaluated", "in training"), seen["pairs"]) if seen["pairs"] else ""
+    return f"<h2>Seen in training</h2>{words}{pairs}"
 
 
 def _calibration(curves: dict[str, Any] | None) -> str:

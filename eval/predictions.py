@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm.answer import confidence
-from vlm.data.convert.common import read_text
+from vlm.data.convert.common import parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
+from vlm.data.tables import whole_csv
 from vlm.errors import ConfigError, DataError
+from vlm.eval.scorers import options
 from vlm.eval.task import Task, official_id
 
 ID_KEYS = ("question_id", "questionId", "image_id", "image", "id", "pid", "key")
@@ -68,8 +72,13 @@ class AnswerFile:
         if not rows:
             self.path.unlink()
             return self.load()
-        self._same_run(rows[0].get("run", {}))
-        return {row["id"]: Prediction(**row) for row in rows[1:]}
+        try:
+            header = dict(rows[0]["run"])
+            done = {row["id"]: Prediction(**row) for row in rows[1:]}
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{self.path} is no file of a run's answers; --restart drops it") from None
+        self._same_run(header)
+        return done
 
     def _same_run(self, there: Mapping[str, Any]) -> None:
         wanted, found = _flat(json.loads(json.dumps(self.header))), _flat(there)
@@ -100,16 +109,10 @@ def _flat(header: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: an object is expected")
-            rows.append(row)
+    rows = parse_json_lines(text, path)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: each line must hold an object, got {str(row)[:80]}")
     return rows
 
 
@@ -117,18 +120,20 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
     """Anyone's answers to a task, in the order of its examples.
 
     Taken: the official JSON list of objects (`question_id` and `answer`, `image_id` and `caption`, ...), a
-    JSON object id -> answer, JSON lines of the same objects (a run's own file too), a CSV with such columns,
-    and for `.txt` one answer a line in the order of the examples.
+    JSON object id -> answer, either of them under "results", JSON lines of the same objects (a run's own file
+    too), a CSV with such columns or with ids and answers alone, and for `.txt` one answer a line in the order
+    of the examples.
 
     Raises:
         DataError: unreadable; an id twice, unknown or without answer.
     """
     if path.suffix == ".txt":
-        lines = read_text(path).splitlines()
+        lines = read_text(path).split("\n")
+        lines = lines if lines[-1] else lines[:-1]
         if len(lines) != len(examples):
             raise DataError(f"{path} has {len(lines)} lines for {len(examples)} examples of {task.name}")
         return [line.strip() for line in lines]
-    rows = _pairs(path, task)
+    rows, numbered = _pairs(path, task)
     if rows and all(id is None for id, _ in rows):  # POPE's results carry no ids: the order tells
         if len(rows) != len(examples):
             raise DataError(f"{path} has {len(rows)} answers for {len(examples)} examples of {task.name}")
@@ -140,59 +145,104 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
         if id in answers:
             raise DataError(f"{path}: the id {id} stands twice")
         answers[id] = text
-    known = {official_id(example) for example in examples} | {example.id for example in examples}
-    if strange := [id for id in answers if id not in known]:
-        raise DataError(f"{path}: {len(strange)} ids are not in {task.name}, the first is {strange[0]}")
+    _check_ids(answers, path, task, examples)
     found = [answers.get(official_id(example), answers.get(example.id)) for example in examples]
     if missing := [e.id for e, answer in zip(examples, found, strict=True) if answer is None]:
         raise DataError(
             f"{path}: {len(missing)} of {len(examples)} examples have no answer, the first is {missing[0]}"
         )
-    return [answer for answer in found if answer is not None]
+    said = [answer for answer in found if answer is not None]
+    return [_numbered(*pair) for pair in zip(said, examples, strict=True)] if numbered else said
 
 
-def _pairs(path: Path, task: Task) -> list[tuple[str | None, str]]:
-    text = read_text(path)
+def _check_ids(answers: Iterable[str], path: Path, task: Task, examples: Sequence[Example]) -> None:
+    known = {official_id(example) for example in examples} | {example.id for example in examples}
+    strange = [id for id in answers if id not in known]
+    if strange and not task.surplus:
+        raise DataError(f"{path}: {len(strange)} ids are not in {task.name}, the first is {strange[0]}")
+    if strange:
+        print(
+            f"{path}: {len(strange)} answers to other questions than the {len(examples)} that {task.name} "
+            f"scores are left out, the first is {strange[0]}",
+            file=sys.stderr,
+        )
+
+
+def _numbered(answer: str, example: Example) -> str:
+    """The choice that ScienceQA's results name by its number; -1, and any that there is not, is no answer."""
+    listed = options(example)
+    if not answer.removeprefix("-").isdecimal():
+        return answer
+    return listed[int(answer)] if answer.isdecimal() and int(answer) < len(listed) else ""
+
+
+def _pairs(path: Path, task: Task) -> tuple[list[tuple[str | None, str]], bool]:
+    """(id, answer) of every entry, and whether numbers among the answers are places of choices."""
     if path.suffix == ".csv":
-        import csv
-        import io
-
-        return [_pair(row, path, task) for row in csv.DictReader(io.StringIO(text, newline=""))]
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        if path.suffix != ".jsonl":
-            raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
-        found = [row for row in _json_lines(text, path) if "run" not in row]
+        return [_pair(row, path, task) for row in _csv_rows(path, task)], False
+    text = read_text(path)
+    if _is_lines(text, path):
+        rows = [row for row in _json_lines(text, path) if "run" not in row]
+        return [_pair(row, path, task) for row in rows], False
+    found = parse_json(text, path)
+    wrapped = isinstance(found, dict) and isinstance(found.get("results"), dict | list)
+    found = found["results"] if wrapped else found
     if isinstance(found, dict):
-        found = found.get("results", found)  # ScienceQA wraps its answers
-        return [(str(id), _said(answer, path)) for id, answer in found.items()]
+        return [(id, _said(answer, path, task)) for id, answer in found.items()], wrapped and task.choices
     if not isinstance(found, list):
         raise DataError(f"{path}: a list of answers or an object of them is expected")
-    return [_pair(row, path, task) for row in found]
+    return [_pair(row, path, task) for row in found], False
+
+
+def _is_lines(text: str, path: Path) -> bool:
+    """Whether each line is an object of its own, whatever the file is called (POPE calls them .json)."""
+    lines = [line for line in map(str.strip, text.split("\n")) if line][:2]
+    if path.suffix == ".jsonl":
+        return bool(lines) and lines[0][0] != "["
+    return len(lines) == 2 and all(line[0] == "{" and line[-1] == "}" for line in lines)
+
+
+def _csv_rows(path: Path, task: Task) -> Sequence[Mapping[str, Any]]:
+    """A CSV's rows; where its first row names no column that is known, it is an id and an answer already."""
+    head = [cell.strip(' "') for cell in read_text(path).partition("\n")[0].split(",")]
+    bare = len(head) > 1 and not {task.answer_key, *ANSWER_KEYS} & set(head)
+    return whole_csv(path, (task.id_key, task.answer_key) if bare else ())
 
 
 def _pair(row: Any, path: Path, task: Task) -> tuple[str | None, str]:
-    if isinstance(row, dict):
+    if isinstance(row, Mapping):
         id = next((row[key] for key in (task.id_key, *ID_KEYS) if key in row), None)
         said = next((row[key] for key in (task.answer_key, *ANSWER_KEYS) if key in row), None)
         if said is not None:
-            return None if id is None else str(id), _said(said, path)
+            return None if id is None else str(id), _said(said, path, task)
     raise DataError(
         f"{path}: entries with {task.id_key!r} and {task.answer_key!r} are expected, got {str(row)[:80]!r}"
     )
 
 
-def _said(answer: Any, path: Path) -> str:
+def _said(answer: Any, path: Path, task: Task) -> str:
     if isinstance(answer, dict):
-        answer = next((answer[key] for key in ANSWER_KEYS if key in answer), None)
-    if not isinstance(answer, str | int | float):
+        answer = next((answer[key] for key in (task.answer_key, *ANSWER_KEYS) if key in answer), None)
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not isinstance(answer, str) and not number:
         raise DataError(f"{path}: an answer must be text, got {str(answer)[:80]!r}")
     return str(answer)
 
 
+def write_submission(path: Path, found: Any) -> None:
+    """Writes what `export` made: a text as it stands (NLVR's CSV), anything else as JSON."""
+    from vlm.eval.report import write_json
+
+    if isinstance(found, str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found, encoding="utf-8")
+    else:
+        write_json(path, found)
+
+
 def export(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> Any:
-    """The answers in the challenge's results format: ids are numbers where the benchmark's are."""
+    """The answers in the challenge's results format, a text where that is no JSON: ids are numbers where the
+    benchmark's are."""
     if task.submission is not None:
         return task.submission(examples, answers)
     numbers = task.id_key in ("question_id", "image_id")

@@ -29,12 +29,19 @@ def with_options(example: Example) -> Conversation:
 
 
 def with_shots(
-    session: Session, conversations: Sequence[Conversation], train: Sequence[Example]
+    session: Session,
+    conversations: Sequence[Conversation],
+    train: Sequence[Example],
+    lettered: bool = False,
 ) -> list[Conversation]:
     """Every conversation after K solved training examples, pictures between the words.
 
     The choice is a function of the example's id, so limits, batches and processes do not change it. With
     random labels the answers come from other training examples: what is left is the form, not the task.
+
+    Args:
+        lettered: the questions are those of `with_options`: the shots show their choices and are answered by
+            a letter too, with random labels that of any of their choices.
 
     Raises:
         ConfigError: fewer training examples than shots, or several turns to be asked.
@@ -47,15 +54,28 @@ def with_shots(
     for number, (example, last) in enumerate(zip(session.examples, conversations, strict=True)):
         chance = random.Random(f"{SEED} {example.id}")
         shots = [train[n] for n in picks[number]] if picks else chance.sample(list(train), k)
-        labels = chance.sample(list(train), k) if session.args.shot_labels == "random" else shots
-        built.append(_interleaved(shots, [label.answers[0] for label in labels], last))
+        mixed = session.args.shot_labels == "random"
+        if lettered:
+            asked = [with_options(shot).turns[-1].text for shot in shots]
+            answers = [_letter(shot, chance if mixed else None) for shot in shots]
+        else:
+            asked = [question(shot) for shot in shots]
+            answers = [label.answers[0] for label in (chance.sample(list(train), k) if mixed else shots)]
+        built.append(_interleaved(shots, asked, answers, last))
     return built
 
 
-def _interleaved(shots: Sequence[Example], answers: Sequence[str], last: Conversation) -> Conversation:
+def _letter(shot: Example, chance: random.Random | None) -> str:
+    """The letter of the right choice, or of any where chance decides."""
+    listed = options(shot)
+    return string.ascii_uppercase[chance.randrange(len(listed)) if chance else listed.index(shot.answers[0])]
+
+
+def _interleaved(
+    shots: Sequence[Example], questions: Sequence[str], answers: Sequence[str], last: Conversation
+) -> Conversation:
     whole: Conversation | None = None
-    for shot, answer in zip(shots, answers, strict=True):
-        asked = question(shot)
+    for shot, asked, answer in zip(shots, questions, answers, strict=True):
         whole = whole.then(asked, shot.images) if whole else Conversation.ask(shot.images, asked)
         whole = whole.answered(answer)
     assert whole is not None

@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from vlm.conversation import Conversation
 from vlm.data.convert.common import read_text
 from vlm.data.example import Example
+from vlm.data.splits import image_key
 from vlm.errors import DataError
+from vlm.eval import outputs
 from vlm.eval.predictions import Prediction
 from vlm.eval.task import Scores, Task, official_id, question
 
 VERSION = 1
+_FIELDS = {"task": str, "split": str, "main_metric": str, "metrics": dict, "hashes": dict}
 NEAR_TIE = 1e-3  # margin, in natural-log probability, below which the last bits of a sum may decide
 
 
@@ -34,10 +38,11 @@ def siblings(report: Path, kind: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all; NaN becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with outputs.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
 
 
 def _plain(value: Any) -> Any:
@@ -93,6 +98,8 @@ def items(
             "answer": answer,
             "scores": {name: float(values[number]) for name, values in scores.per_item.items()},
         }
+        if "confidences" in example.meta:  # of VizWiz's annotators; other harnesses score by them
+            row["confidences"] = example.meta["confidences"]
         if predictions:
             said = predictions[number]
             row |= {"logprob": said.logprob, "confidence": said.confidence, "margin": said.margin}
@@ -102,9 +109,10 @@ def items(
 
 def write_items(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with outputs.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def ends(rows: Sequence[Mapping[str, Any]], main: str, count: int) -> tuple[list[int], list[int]]:
@@ -166,25 +174,46 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report that `vlm eval` wrote.
 
     Raises:
-        DataError: it is missing, not JSON or no report.
+        DataError: it is missing, not JSON or no report; what it lacks is named.
     """
     try:
         found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
-    if not isinstance(found, dict) or "metrics" not in found or "task" not in found:
-        raise DataError(f"{path} is no report of vlm eval")
+    for name, kind in _FIELDS.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise DataError(f"{path} is no report of vlm eval: it has no {name!r}")
+    if found["main_metric"] not in found["metrics"]:
+        raise DataError(f"{path} is no report of vlm eval: it has no score of {found['main_metric']!r}")
     return found
 
 
-def read_items(report: Path) -> list[dict[str, Any]]:
+def read_items(report: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The items beside a report.
 
+    Args:
+        needed: what every item must have besides its id and scores.
+
     Raises:
-        DataError: they are missing.
+        DataError: they are missing, a line cannot be read, or an item lacks something.
     """
     path = siblings(report, "items")
-    return [json.loads(line) for line in read_text(path).splitlines() if line]
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # answers may hold other line ends
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("scores"), dict) or "id" not in row:
+            raise DataError(f"{path}, line {number} is no item of a report: an id and scores are needed")
+        if lacking := [name for name in needed if name not in row]:
+            raise DataError(f"{path}, line {number}: the item {row['id']} has no {lacking[0]!r}")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} holds no items")
+    return rows
 
 
 def digest(texts: Iterable[str]) -> str:
@@ -200,6 +229,38 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest(
         part for example in examples for part in (example.id, question(example), *example.answers, "")
     )
+
+
+def picture_hash(examples: Iterable[Example | Conversation]) -> str:
+    """Of the pictures' contents, in order: what was looked at. A file is read once.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    files: dict[str, str] = {}
+    held: dict[int, str] = {}  # by identity: neighbouring rows share one picture's bytes
+    found = []
+    for example in examples:
+        for image in example.images:
+            if not isinstance(image, str | Path):
+                if id(image) not in held:
+                    held[id(image)] = image_key(image)
+                found.append(held[id(image)])
+                continue
+            name = str(image)
+            if name not in files:
+                files[name] = _file_hash(Path(image))
+            found.append(files[name])
+        found.append("")
+    return digest(found)
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"the picture {path} cannot be read: {error.strerror or error}") from None
 
 
 def scorer_hash() -> str:

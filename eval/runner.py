@@ -1,12 +1,14 @@
 """Runs a model over a task's examples: in batches of like length, resumable, any error ends the run.
 
 Answers go to an append-only file as they come, so a run that was killed continues where it was. With several
-processes (`accelerate launch`) each answers every n-th item into a file of its own.
+processes (`accelerate launch`) each answers every n-th item into a file of its own; the first process gathers
+these files into one, before the work and after it, so another number of processes continues as well.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,11 +63,14 @@ def answer_all(model: VLM, work: Work, path: Path, title: str, say: Say) -> list
         DataError: an item could not be answered; its id is named.
     """
     rank, world = rank_and_world()
-    mine = path if world == 1 else path.with_suffix(f".{rank}of{world}.jsonl")
-    file = AnswerFile(mine, work.header)
-    done = file.load()
+    if rank == 0:
+        _gather(path, work)
+    meet()
+    done = AnswerFile(path, work.header).load()
     if strange := done.keys() - set(work.ids):
-        raise DataError(f"{mine} holds an answer to {min(strange)}, which is not among the items")
+        raise DataError(f"{path} holds an answer to {min(strange)}, which is not among the items")
+    file = AnswerFile(path if world == 1 else path.with_suffix(f".{rank}of{world}.jsonl"), work.header)
+    file.load()
     todo = [n for n in range(rank, len(work.ids), world) if work.ids[n] not in done]
     if done and todo:
         say(f"{title}: {len(done)} answers are there already, {len(todo)} to go")
@@ -82,13 +87,10 @@ def answer_all(model: VLM, work: Work, path: Path, title: str, say: Say) -> list
         group = todo[start : start + size]
         file.append(_answer(model, work, group))
         clock.tick(len(group))
-    if world > 1:
-        _wait()
-        done = _merge(path, work, world) if rank == 0 else {}
-        if rank:
-            return []
-    else:
-        done = file.load()
+    meet()
+    if rank:
+        return []
+    done = _gather(path, work)
     return [done[id] for id in work.ids]
 
 
@@ -157,17 +159,26 @@ class _Clock:
             self.next = spent + 5 * MINUTE
 
 
-def _wait() -> None:
-    """Lets all processes come to this point. Gloo, whatever the device: all that is needed is a meeting."""
+def meet() -> None:
+    """Lets all processes come to this point. Gloo, whatever the device: all that is needed is a meeting.
+
+    Raises:
+        VLMError: another process has ended.
+    """
+    if rank_and_world()[1] == 1:
+        return
     import torch.distributed as group
 
-    if not group.is_initialized():
-        group.init_process_group("gloo", timeout=PATIENCE)
-    group.barrier()
+    try:
+        if not group.is_initialized():
+            group.init_process_group("gloo", timeout=PATIENCE)
+        group.barrier()
+    except RuntimeError as error:
+        raise VLMError("another process of this run has ended; what it said tells why") from error
 
 
 def leave() -> None:
-    """Ends what `_wait` began, if it did."""
+    """Ends what `meet` began, if it did."""
     if rank_and_world()[1] > 1:
         import torch.distributed as group
 
@@ -175,13 +186,33 @@ def leave() -> None:
             group.destroy_process_group()
 
 
-def _merge(path: Path, work: Work, world: int) -> dict[str, Prediction]:
-    """The answers of all processes, written together in the items' order."""
-    done: dict[str, Prediction] = {}
-    for rank in range(world):
-        done |= AnswerFile(path.with_suffix(f".{rank}of{world}.jsonl"), work.header).load()
-    path.unlink(missing_ok=True)
+def parts(path: Path) -> list[Path]:
+    """The files that several processes have left of one file of answers, whatever their number was."""
+    form = re.compile(re.escape(path.stem) + r"\.\d+of\d+\.jsonl")
+    return sorted(each for each in path.parent.glob("*.jsonl") if form.fullmatch(each.name))
+
+
+def forget(path: Path) -> None:
+    """Drops a file of answers and its parts; only the first process may, before the others have begun."""
+    for each in (path, *parts(path)):
+        each.unlink(missing_ok=True)
+
+
+def _gather(path: Path, work: Work) -> dict[str, Prediction]:
+    """All answers that are there, in one file; only the first process does this, while no other one writes.
+
+    The parts go only after their answers are on the disk in the whole: a kill in between loses none.
+
+    Raises:
+        ConfigError: one of the files is another run's.
+    """
+    left = parts(path)
+    found = [AnswerFile(part, work.header).load() for part in left]
     whole = AnswerFile(path, work.header)
-    whole.load()
-    whole.append(done[id] for id in work.ids)
+    done = whole.load()
+    for answers in found:
+        whole.append(each for id, each in answers.items() if id not in done)
+        done |= answers
+    for part in left:
+        part.unlink()
     return done

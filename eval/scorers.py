@@ -119,14 +119,19 @@ def normalised(answer: str, example: Example) -> float:
     return vqa_accuracy(answer, example.answers, strict=False)
 
 
-def single(answer: str, example: Example) -> float:
-    """Exact match on questions with one reference answer; others are left out (NaN)."""
-    return exact(answer, example) if example.meta["answer_count"] == 1 else float("nan")
-
-
 def soft(threshold: float) -> ItemScore:
     """WUPS of comma-separated answers; -1 compares sets of words for equality."""
-    return lambda answer, example: wups(answer.lower().rstrip("."), example.answers[0].lower(), threshold)
+    return lambda answer, example: wups(_words(answer), _words(example.answers[0]), threshold)
+
+
+def _words(answer: str) -> str:
+    """DAQUAR's answers but for what tells none apart: case, underscores for spaces, a final full stop."""
+    return " ".join(answer.lower().replace("_", " ").split()).rstrip(".").rstrip()
+
+
+def single(answer: str, example: Example) -> float:
+    """`soft(-1)` on questions with one reference answer; others are left out (NaN)."""
+    return soft(-1)(answer, example) if int(example.meta["answer_count"]) == 1 else float("nan")
 
 
 def options(example: Example) -> list[str]:
@@ -150,7 +155,9 @@ def choice(answer: str, example: Example) -> float:
 
 def chosen(answer: str, listed: Sequence[str]) -> int | None:
     """The place of the choice that an answer names; ScienceQA's results give its number."""
-    if answer.isdecimal() and answer not in listed:
+    if answer in listed:
+        return list(listed).index(answer)
+    if answer.isdecimal():
         return int(answer) if int(answer) < len(listed) else None
     return short.read_choice(answer, listed)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vlm.conversation import Conversation
 from vlm.data.example import Example
 from vlm.errors import VLMError
-from vlm.eval import controls, prompts, report, runner, tasks
-from vlm.eval.predictions import Prediction, export
+from vlm.eval import controls, outputs, prompts, report, runner, tasks
+from vlm.eval.predictions import Prediction, export, write_submission
 from vlm.eval.scorers import options
 from vlm.eval.task import Scores, Task
 from vlm.options import apply_common, apply_offline
@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     """
     task = tasks.get(args.task)
     out = args.out or Path("runs") / f"{task.name}.json"
+    outputs.check(out, page=True)
+    outputs.check(args.submission, "--submission", spare=[out])
     apply_offline(args)  # the data may be a hub data set's
-    examples = limited(task.examples(args.data, args.split), args.limit)
+    examples = task.examples(args.data, args.split)
     apply_common(args)
     model = _model(args)
     started = time.monotonic()
@@ -93,7 +95,10 @@ class Session:
     def __init__(
         self, task: Task, args: argparse.Namespace, model: VLM, out: Path, examples: list[Example]
     ) -> None:
-        self.task, self.args, self.model, self.out, self.examples = task, args, model, out, examples
+        """`examples` are all of the split; where the options say so, `limited` takes some of them."""
+        self.task, self.args, self.model, self.out = task, args, model, out
+        self.examples = limited(examples, args.limit)
+        self.whole = len(self.examples) == len(examples)
         self.generation = self._generation()
         self._train: list[Example] | VLMError | None = None
 
@@ -134,10 +139,17 @@ class Session:
         words = ["\n".join(turn.role + ": " + turn.text for turn in each.turns) for each in conversations]
         hashes = dict(self.model.hashes) | {
             "data": report.data_hash(self.examples),
+            "pictures": report.picture_hash(self.examples),
             "prompt": report.digest(words),
             "scorer": report.scorer_hash(),
         }
         header = {"task": self.task.name, "decoding": decoding, "hashes": hashes | {"scorer": None}}
+        if self.args.shots:
+            header["shots"] = report.picture_hash(conversations)
+        if self.args.restart and runner.rank_and_world()[0] == 0:
+            for control in (None, *controls.RUNS):
+                runner.forget(self._answer_file(control))
+        runner.meet()
         answers = self._answers(conversations, header, None)
         blind = self._control_answers(conversations, header) if self.args.controls == "all" else {}
         if runner.rank_and_world()[0]:
@@ -156,14 +168,14 @@ class Session:
         scores = self.task.scores(self.examples, texts, java=not self.args.no_java)
         self._write_items(conversations, answers, scores)
         if self.args.submission:
-            report.write_json(self.args.submission, export(self.task, self.examples, texts))
+            write_submission(self.args.submission, export(self.task, self.examples, texts))
         block: dict[str, Any] = {
             "version": report.VERSION,
             "task": self.task.name,
             "split": self.task.canonical(self.args.split),
             "n": len(self.examples),
-            "comparable": self.args.limit is None,
-            "limit": self.args.limit,
+            "comparable": self.whole,
+            "limit": None if self.whole else self.args.limit,
             "adapter": str(self.model.adapter_name),
             "main_metric": scores.main,
             **report.scores_block(scores),
@@ -202,21 +214,18 @@ class Session:
         report.write_items(report.siblings(self.out, "items"), rows)
 
     def _conversations(self) -> list[Conversation]:
-        if self.task.choices and not self.likelihood:
+        lettered = self.task.choices and not self.likelihood
+        if lettered:
             base: list[Conversation] = [prompts.with_options(example) for example in self.examples]
         else:
             base = [Conversation(e.images, e.turns) for e in self.examples]
         if not self.args.shots:
             return base
-        return prompts.with_shots(self, base, self.train())
+        return prompts.with_shots(self, base, self.train(), lettered)
 
     def _answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any], control: str | None
     ) -> list[Prediction]:
-        path = report.siblings(self.out, f"answers.{control}" if control else "answers")
-        if self.args.restart:
-            for old in (path, *path.parent.glob(f"{path.stem}.*of*.jsonl")):
-                old.unlink(missing_ok=True)
         work = runner.Work(
             [example.id for example in self.examples],
             conversations,
@@ -225,7 +234,10 @@ class Session:
             [options(example) for example in self.examples] if self.likelihood else None,
         )
         title = f"{self.task.name} {control or ''}".strip()
-        return runner.answer_all(self.model, work, path, title, say)
+        return runner.answer_all(self.model, work, self._answer_file(control), title, say)
+
+    def _answer_file(self, control: str | None) -> Path:
+        return report.siblings(self.out, f"answers.{control}" if control else "answers")
 
     def _control_answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any]
@@ -310,4 +322,9 @@ def show(block: Mapping[str, Any], out: Path) -> None:
         print(f"  {name + ' answers':<20} {value:7.2f} %")
     if block.get("near_ties") is not None:
         print(f"  {'near ties':<20} {block['near_ties']:4d}      (the two best within {report.NEAR_TIE:g})")
+    if block.get("contamination"):
+        from vlm.eval.contamination import lines
+
+        for line in lines(block["contamination"], main):
+            print(f"  {line}")
     print(f"report: {out}")

@@ -70,14 +70,14 @@ class Comparison:
         difference: of the means.
         interval: its 95 % interval, by resampling items.
         p_value: share of sign flips of the item differences at least as far from 0 (two-sided).
-        better: places of the items that B scores higher, `worse` lower.
+        better: places of the items that B scores higher, `worse` lower; none of corpus scores.
     """
 
     difference: float
     interval: tuple[float, float]
     p_value: float
-    better: tuple[int, ...]
-    worse: tuple[int, ...]
+    better: tuple[int, ...] = ()
+    worse: tuple[int, ...] = ()
 
 
 def compare(first: Sequence[float], second: Sequence[float], seed: int = SEED) -> Comparison:
@@ -97,3 +97,39 @@ def compare(first: Sequence[float], second: Sequence[float], seed: int = SEED) -
         tuple(np.flatnonzero(differences > 0).tolist()),
         tuple(np.flatnonzero(differences < 0).tolist()),
     )
+
+
+def compare_corpus(
+    first: np.ndarray, second: np.ndarray, score: Statistic, seed: int = SEED
+) -> list[Comparison]:
+    """Paired comparison of two runs' scores of summed counts: `compare` for what is no mean of items.
+
+    The interval resamples items, with both runs' counts of each. For the p-value the runs change places in
+    items that chance picks: of a mean this is the sign flip of `compare`.
+
+    Args:
+        first, second: (n, c) what each item adds, in the same order.
+        score: (r, c) sums -> (r, k) scores.
+
+    Returns:
+        k comparisons.
+    """
+
+    def gap(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
+        return score(theirs) - score(ours)
+
+    chance, count = np.random.default_rng(seed), len(first)
+    observed = gap(second.sum(axis=0)[None], first.sum(axis=0)[None])[0]
+    resampled, extreme = [], np.zeros(len(observed))
+    for start in range(0, RESAMPLES, _BLOCK):
+        size = min(_BLOCK, RESAMPLES - start)
+        picks = chance.integers(0, count, (size, count))
+        resampled.append(gap(second[picks].sum(axis=1), first[picks].sum(axis=1)))
+        moved = chance.integers(0, 2, (size, count)) @ (second - first)
+        swapped = gap(second.sum(axis=0) - moved, first.sum(axis=0) + moved)
+        extreme += (np.abs(swapped) >= np.abs(observed) - 1e-12).sum(axis=0)
+    ends = np.percentile(np.concatenate(resampled), _tails(), axis=0).T
+    return [
+        Comparison(float(difference), (float(low), float(high)), float((more + 1) / (RESAMPLES + 1)))
+        for difference, (low, high), more in zip(observed, ends, extreme, strict=True)
+    ]

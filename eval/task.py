@@ -5,6 +5,7 @@ Tasks stand in `vlm/eval/tasks`, one short file each; everything that runs them 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 
 from vlm.conversation import ImageSource
 from vlm.data.example import Example
-from vlm.data.splits import image_key
+from vlm.data.splits import canonical_split, image_key
 from vlm.errors import ConfigError, DataError
 
+_YEAR = re.compile(r"[_-]?20\d\d$")  # COCO's parts go by theirs
 LOWER_IS_BETTER = frozenset(("chair_i", "chair_s"))
 
 
@@ -64,6 +66,7 @@ class Task:
     Attributes:
         read: (folder or None, split, whether the pictures must be there) -> examples. An example's id is
             unique in its split; its last part, or `meta["key"]`, is the id in the official results format.
+        main: the name of the main metric, the first of `score`'s.
         score: examples and their answers, in the same order -> scores.
         split: the split that is meant when none is named; `splits` all of them.
         train: the split for the question-only prior and for shots; None where there is none.
@@ -74,13 +77,17 @@ class Task:
         captions: `score` takes `java=False`, which leaves METEOR and SPICE out.
         answer_key: the name of the answer in the official results format, next to `id_key`.
         data_optional: an installed package carries the data.
+        surplus: official results answer more questions than the split scores: ids of no example are left out
+            of a file of answers, and their number is said on stderr; elsewhere they are refused.
         unparsed: whether an answer cannot be read as one of those that are possible; its rate is reported.
-        submission: examples and answers -> the results format, where it is no list of rows.
+        submission: examples and answers -> the results format, where it is no list of rows; text where it is
+            no JSON.
     """
 
     name: str
     about: str
     read: Reader
+    main: str
     score: Scorer
     split: str
     splits: tuple[str, ...]
@@ -93,6 +100,7 @@ class Task:
     id_key: str = "question_id"
     answer_key: str = "answer"
     data_optional: bool = False
+    surplus: bool = False
     submission: Callable[[Sequence[Example], Sequence[str]], Any] | None = None
     unparsed: Callable[[str, Example], bool] | None = None
 
@@ -107,23 +115,33 @@ class Task:
         """
         chosen = self.canonical(split)
         if chosen not in self.splits:
-            raise ConfigError(f"{self.name} has no split {chosen!r}; it has {', '.join(self.splits)}")
+            known = ", ".join("dev (or val)" if each == "dev" else each for each in self.splits)
+            raise ConfigError(f"{self.name} has no split {split or chosen!r}; it has {known}")
         if root is None and not self.data_optional:
             raise DataError(f"say where the data of {self.name} lie: --data FOLDER")
         found = self.read(root, chosen, pictures)
         if not found:
-            raise DataError(f"{self.name} has no examples in split {chosen} of {root}")
+            raise DataError(f"{self.name} has no examples in split {split or chosen} of {root}")
         seen: set[str] = set()
         for example in found:
             if example.id in seen:
-                raise DataError(f"{self.name}, split {chosen}: the id {example.id} stands twice")
+                raise DataError(f"{self.name}, split {split or chosen}: the id {example.id} stands twice")
             seen.add(example.id)
         return found
 
     def canonical(self, split: str | None) -> str:
-        """The split's name in this task: its default for None, "dev" for "val" and "validation"."""
+        """The split's name in this task: its default for None, "dev" for "val", "VAL" and "val2014".
+
+        A name that means nothing comes back as it is.
+        """
         chosen = split or self.split
-        return "dev" if chosen in ("val", "validation", "valid") and chosen not in self.splits else chosen
+        plain = _YEAR.sub("", chosen.strip().lower())
+        if chosen in self.splits or plain in self.splits:
+            return chosen if chosen in self.splits else plain
+        try:
+            return canonical_split(plain)
+        except DataError:
+            return chosen
 
     def train_for(self, split: str | None) -> str:
         """The training split that shares nothing with the split that is evaluated.

@@ -157,6 +157,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     start: str = ""
     """Adapter to start from (`default`, or a folder); its sizes replace `model`. Empty: a fresh one."""
+    size: int = 0
+    """Side in pixels that pictures are resized to, where it is not that of `start`, whose positions are
+    interpolated; 0: as it is."""
     dropout: float | None = None
     """Dropout of the adapter while it learns; empty: as its sizes say."""
     sources: tuple[SourceConfig, ...] = ()
@@ -242,6 +245,10 @@ class TrainConfig:
             raise ConfigError("dev and pictures must be at least 0")
         if self.dev and self.objective == "preference":
             raise ConfigError("dev is the loss of answers: the objective preference has holdout")
+        if self.size < 0:
+            raise ConfigError("size must be a number of pixels, or 0")
+        if self.size and not self.start:
+            raise ConfigError("size is for an adapter to start from: a fresh one has model.vision.size")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError("dropout must be at least 0 and below 1")
         if not 0 <= self.flip <= 1 or not 0 <= self.smoothing < 1 or not 0 <= self.holdout < 1:

@@ -207,7 +207,7 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
     torch.manual_seed(config.seed)
     start = start or config.start
     if start:
-        model = load_model(start, offline=offline)
+        model = load_model(start, offline=offline, size=config.size)
     else:
         model = build_model(config.model, offline=offline)
         mup.initialise(model.adapter, mup.scales(model, config.optim.mup_base))

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vlm import __version__
+from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
@@ -240,26 +242,39 @@ def load_model(
     dtype: str = "float32",
     offline: bool = False,
     allow_different_frozen: bool = False,
+    size: int = 0,
 ) -> VLM:
-    """A whole model from an adapter; see `VLM.from_pretrained`."""
+    """A whole model from an adapter; see `VLM.from_pretrained`.
+
+    Args:
+        size: side of the pictures in pixels, where it shall be another one than the adapter was trained with:
+            its positions are interpolated.
+    """
     folder = adapter_folder(adapter, offline=offline)
     values = read_config(folder)
     config = model_config(folder, values)
+    if size:
+        config = replace(config, vision=replace(config.vision, size=size))
     abstain = abstain_config(folder, values)
     model = build_model(config, device=device, dtype=dtype, offline=offline)
     _check_frozen(model, values["hashes"], folder, allow_different_frozen)
-    load_adapter(model, folder)
+    load_adapter(model, folder, values["features"]["tokens"] if size else 0)
     model.adapter_name, model.abstain = str(adapter), abstain
     return model
 
 
-def load_adapter(model: VLM, folder: Path) -> None:
+def load_adapter(model: VLM, folder: Path, tokens: int = 0) -> None:
     """Loads an adapter's tensors, all of them and no others, into a model built for them.
+
+    Args:
+        tokens: image tokens that its positions are of, where the model's may be others.
 
     Raises:
         WeightsError: names or shapes differ, or a number is none.
     """
     tensors, digest = load_tensors(folder)
+    if tokens:
+        tensors = regrid(tensors, tokens, model.encoder.tokens)
     try:
         model.adapter.load_state_dict(tensors, strict=True)  # float16 files become float32 on the way
     except RuntimeError as problem:

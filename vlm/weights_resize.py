@@ -2,25 +2,20 @@
 
 A convolutional encoder reads pictures of any size; a larger one shows it smaller things, on a finer grid.
 Networks trained on cropped, enlarged objects often see whole pictures better that way, untrained (Touvron et
-al. 2019). All that an adapter knows of the grid is a learned position for each cell; those of a finer grid
-lie between (as Dosovitskiy et al. 2021 carry vision transformers over to larger pictures).
+al. 2019).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm import __version__
+from vlm.adapters.positions import regrid
 from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, load_tensors, model_config, read_config, write_adapter
 from vlm.config import to_dict
 from vlm.errors import WeightsError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None:
@@ -44,13 +39,7 @@ def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None
     vision = replace(trained.vision, size=size)
     tensors, digest = load_tensors(folder)
     encoder = load_encoder(vision, resolve(vision.encoder, offline=offline))
-    before: int = values["features"]["tokens"]
-    resized = {
-        name: at_grid(value, encoder.tokens)
-        if name.rpartition(".")[2] == "position" and len(value) == before
-        else value
-        for name, value in tensors.items()
-    }
+    resized = regrid(tensors, values["features"]["tokens"], encoder.tokens)
     features = {"tokens": encoder.tokens, "width": encoder.width}
     kept = {key: value for key, value in values.items() if key != "abstain"}
     kept |= {"version": __version__, "model": to_dict(replace(trained, vision=vision)), "features": features}
@@ -62,22 +51,3 @@ def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None
     made_of = table(("adapter", "pixels", "SHA-256 of its `adapter.safetensors`"), rows)
     card = card_head(out, kept, f" at {size} pixels", note) + f"\n## Made of\n\n{made_of}"
     write_adapter(out, resized, kept, card)
-
-
-def at_grid(positions: Tensor, tokens: int) -> Tensor:
-    """(N, W) positions of one grid -> (`tokens`, W) of another; those of class tokens, first, stay.
-
-    Raises:
-        WeightsError: one of the two is no square grid with as many class tokens before it.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    old, new = math.isqrt(len(positions)), math.isqrt(tokens)
-    first = len(positions) - old * old
-    if tokens - new * new != first:
-        raise WeightsError(f"{len(positions)} tokens cannot be brought to {tokens}: they are no square grids")
-    grid = positions[first:].float().T.reshape(1, -1, old, old)
-    resized = F.interpolate(grid, size=(new, new), mode="bilinear", antialias=new < old)
-    cells = resized.flatten(2)[0].T.to(positions.dtype)
-    return torch.cat([positions[:first], cells]).contiguous()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +15,7 @@ from vlm.data.example import Example
 from vlm.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def make_example(
@@ -41,6 +45,54 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is a folder, a text file is needed") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def parse_json(text: str, where: str | Path, *, words: bool = False) -> Any:
+    """JSON that says everything once and can be written down again.
+
+    Args:
+        where: the file, and the line where it holds many; for messages.
+        words: numbers stay as they are written ("1.50").
+
+    Raises:
+        DataError: it is not JSON or nested too deeply, an object has a key twice, a character is half of one.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise DataError(f"{where}: the key {key!r} stands twice in one object")
+        return found
+
+    kinds: dict[str, Any] = (
+        dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str) if words else {}
+    )
+    try:
+        found = json.loads(text, object_pairs_hook=once, **kinds)
+        if _ESCAPED_HALF.search(text):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        place = f" (line {error.lineno})" if "\n" in text.strip() else ""
+        raise DataError(f"{where} is not JSON: {error.msg}{place}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{where}: {half!r} is half a character (a lone surrogate)") from None
+    except RecursionError:
+        raise DataError(f"{where} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError:
+        raise DataError(f"{where} is not JSON that can be read: a number has too many digits") from None
+    return found
+
+
+def parse_json_lines(text: str, path: Path, *, words: bool = False) -> list[Any]:
+    """JSON values, one a line; only a line feed ends a line, as JSON leaves U+2028 and U+0085 in its texts.
+
+    Raises:
+        DataError: as `parse_json`; the line is named.
+    """
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, f"{path}, line {n}", words=words) for n, line in lines if line.strip()]
 
 
 def first_existing(root: Path, names: Iterable[str], what: str) -> Path:

@@ -30,8 +30,8 @@ _IMAGE = re.compile(r"\s*(?:\b(?:in|of|on)\s+)?(?:(?:the|this)\s+)?\bimage\s*(\d
 _ANY_IMAGE = re.compile(r"\bimage\s*(\d+)\b", re.IGNORECASE)
 
 
-def looks_like(root: Path) -> bool:
-    """Whether `root` holds a DAQUAR question file."""
+def looks_like(root: Path, pictures: bool = True) -> bool:
+    """Whether `root` holds a DAQUAR question file; pictures are looked for when they are read."""
     return any((root / name).is_file() for part in ("train", "test") for name in question_files(part))
 
 
@@ -114,11 +114,12 @@ def read_pairs(path: Path) -> list[tuple[str, str, list[str]]]:
     return pairs
 
 
-def read(root: Path, split: str) -> list[Example]:
-    """One example per question of a split.
+def read(root: Path, split: str, pictures: bool = True) -> list[Example]:
+    """One example per question of a split, which needs only its own pictures.
 
     `answers` holds one string, the answers joined by ", " (the official scorers take the list as a whole);
-    `meta["answer_list"]` the same joined by "|", `meta["answer_count"]` their number.
+    `meta["answer_list"]` the same joined by "|", `meta["answer_count"]` their number. Without `pictures` none
+    is looked for, and a picture's name stands for it.
 
     Raises:
         DataError: a file or picture is missing, or the question file is malformed.
@@ -126,20 +127,19 @@ def read(root: Path, split: str) -> list[Example]:
     split = canonical_split(split)
     part = "test" if split == "test" else "train"
     pairs = read_pairs(first_existing(root, question_files(part), f"{part} questions"))
-    pictures = picture_files(first_existing(root, IMAGE_FOLDERS, "picture folder"))
-    names = {name for name, _, _ in pairs}
-    missing = sorted(names - pictures.keys())
+    keep = {name for name, _, _ in pairs}
+    if split in ("dev", "train-rest"):
+        held = held_out_images(keep)
+        keep = held if split == "dev" else keep - held
+    there = picture_files(first_existing(root, IMAGE_FOLDERS, "picture folder")) if pictures else {}
+    missing = sorted(keep - there.keys()) if pictures else []
     if missing:
         raise DataError(
-            f"{len(missing)} pictures of {part} are missing below {root}, the first is {missing[0]}"
+            f"{len(missing)} pictures of {split} are missing below {root}, the first is {missing[0]}"
         )
-    keep = names
-    if split in ("dev", "train-rest"):
-        held = held_out_images(names)
-        keep = held if split == "dev" else names - held
     return [
         make_example(
-            pictures[image],
+            there.get(image, image),
             question,
             [", ".join(answers)],
             f"daquar/{part}/{index}",

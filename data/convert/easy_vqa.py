@@ -12,10 +12,9 @@ part, `train-rest` what `dev` leaves of it.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
-from vlm.data.convert.common import make_example, picture_files, read_text
+from vlm.data.convert.common import make_example, parse_json, picture_files, read_text
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, is_held_out
 from vlm.errors import DataError
@@ -37,10 +36,10 @@ def package_root() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 
-def looks_like(root: Path) -> bool:
-    """Whether `root` is the set's data folder."""
+def looks_like(root: Path, pictures: bool = True) -> bool:
+    """Whether `root` is the set's data folder; without `pictures` its questions will do."""
     return any(
-        (root / part / "questions.json").is_file() and (root / part / "images").is_dir()
+        (root / part / "questions.json").is_file() and (not pictures or (root / part / "images").is_dir())
         for part in ("train", "test")
     )
 
@@ -57,8 +56,10 @@ def question_type(question: str, answer: str) -> str:
     return "colour" if "color" in question.lower() else "object"
 
 
-def read(root: Path | None, split: str) -> list[Example]:
-    """One example per question of a split.
+def read(root: Path | None, split: str, pictures: bool = True) -> list[Example]:
+    """One example per question of a split, which needs only its own pictures.
+
+    Without `pictures` none is looked for, and a picture's number stands for it.
 
     Raises:
         DataError: a file or picture is missing, or a row is not [question, answer, number].
@@ -67,13 +68,10 @@ def read(root: Path | None, split: str) -> list[Example]:
     root = root or package_root()
     part = "test" if split == "test" else "train"
     path = root / part / "questions.json"
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    rows = parse_json(read_text(path), path)
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of [question, answer, picture number] is expected")
-    pictures = picture_files(root / part / "images")
+    there = picture_files(root / part / "images") if pictures else {}
     examples = []
     for index, row in enumerate(rows):
         if not (
@@ -83,12 +81,13 @@ def read(root: Path | None, split: str) -> list[Example]:
                 f"{path}, entry {index}: expected [question, answer, picture number], got {row!r}"
             )
         question, answer, image = row[0], row[1], str(row[2])
-        if image not in pictures:
-            raise DataError(f"{path}, entry {index}: picture {image} is not in {root / part / 'images'}")
         if split in ("dev", "train-rest") and is_held_out(image, DEV_FRACTION, "easy-vqa") != (
             split == "dev"
         ):
             continue
+        if pictures and image not in there:
+            raise DataError(f"{path}, entry {index}: picture {image} is not in {root / part / 'images'}")
         meta = {"task": "vqa", "question_type": question_type(question, answer), "image": image}
-        examples.append(make_example(pictures[image], question, [answer], f"easy-vqa/{part}/{index}", meta))
+        shown = there.get(image, image)
+        examples.append(make_example(shown, question, [answer], f"easy-vqa/{part}/{index}", meta))
     return examples

@@ -31,10 +31,10 @@ IMAGE_FOLDERS = (
 )
 
 
-def looks_like(root: Path) -> bool:
-    """Whether `root` is a folder in one of the two layouts."""
-    return any((root / name).is_file() for name in CAPTION_FILES) and any(
-        (root / name).is_dir() for name in IMAGE_FOLDERS
+def looks_like(root: Path, pictures: bool = True) -> bool:
+    """Whether `root` is a folder in one of the two layouts; without `pictures` its captions will do."""
+    return any((root / name).is_file() for name in CAPTION_FILES) and (
+        not pictures or any((root / name).is_dir() for name in IMAGE_FOLDERS)
     )
 
 
@@ -49,7 +49,10 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     if path.name.endswith("token.txt"):
         rows = [line.split("\t") for line in text.splitlines()]
     else:
-        rows = list(csv.reader(io.StringIO(text, newline="")))
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path} is not CSV: {error}") from None
         if rows and [cell.strip().lower() for cell in rows[0]] == ["image", "caption"]:
             rows[0] = []
     for number, row in enumerate(rows, start=1):
@@ -70,22 +73,23 @@ def split_names(root: Path, split: str) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def read(root: Path, split: str) -> list[Example]:
+def read(root: Path, split: str, pictures: bool = True) -> list[Example]:
     """The captioning examples of one split: one per photograph, `answers` its raw captions.
 
-    `train-rest` means `train`: the set has a dev part of its own.
+    `train-rest` means `train`: the set has a dev part of its own. Without `pictures` only captions and list
+    are read, and a photograph's name stands for it.
 
     Raises:
         DataError: a file is missing, or a listed photograph has no captions or is not in the folder.
     """
     split = canonical_split(split)
     captions = read_captions(first_existing(root, CAPTION_FILES, "caption file"))
-    folder = first_existing(root, IMAGE_FOLDERS, "picture folder")
+    folder = first_existing(root, IMAGE_FOLDERS, "picture folder") if pictures else Path()
     names = split_names(root, "train" if split == "train-rest" else split)
     without = [name for name in names if name not in captions]
     if without:
         raise DataError(f"{len(without)} photographs of {split} have no caption, the first is {without[0]}")
-    there = {path.name for path in folder.iterdir()}
+    there = {path.name for path in folder.iterdir()} if pictures else set(names)
     missing = [name for name in names if name not in there]
     if missing:
         raise DataError(

@@ -10,6 +10,7 @@ import numpy as np
 from vlm.eval.metrics.vqa import normalise
 
 ANLS_THRESHOLD = 0.5
+POPE = ("accuracy", "precision", "recall", "f1", "yes_rate", "unparsed")
 _LETTER = re.compile(r"^\W*(?:(?:answer|option)\b\W*(?:is\b\W*)?)?([a-z])(?:[).:]|\W*$)", re.IGNORECASE)
 
 
@@ -36,7 +37,7 @@ def _squeezed(text: str) -> str:
 
 def _similarity(first: str, second: str) -> float:
     longest = max(len(first), len(second))
-    return 1.0 - edit_distance(first, second) / longest if longest else 0.0
+    return 1.0 - edit_distance(first, second) / longest if longest else 1.0
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -68,23 +69,32 @@ def says_yes_or_no(text: str) -> bool:
     return bool({"yes", "no", "not"} & set(re.findall(r"[a-z]+", text.lower())))
 
 
-def pope_metrics(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of `yes`, the rate of `yes` and of unparsed answers, in percent."""
+def pope_counts(answers: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """(n, 5): true and false `yes`, false and true `no`, and whether neither was said (read as a `yes`)."""
     said = np.array([pope_answer(answer) == "yes" for answer in answers])
     true = np.array([label == "yes" for label in labels])
-    hits = float((said & true).sum())
-    precision = hits / said.sum() if said.any() else 0.0
-    recall = hits / true.sum() if true.any() else 0.0
-    both = precision + recall
-    values = {
-        "accuracy": float((said == true).mean()),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / both if both else 0.0,
-        "yes_rate": float(said.mean()),
-        "unparsed": float(np.mean([not says_yes_or_no(answer) for answer in answers])),
-    }
-    return {name: 100 * float(value) for name, value in values.items()}
+    neither = np.array([not says_yes_or_no(answer) for answer in answers])
+    return np.stack([said & true, said & ~true, ~said & true, ~said & ~true, neither], axis=1).astype(float)
+
+
+def pope_scores(counts: np.ndarray) -> np.ndarray:
+    """(..., 5) summed counts -> (..., 6) the scores of `POPE`, in percent; 0 where nothing was counted."""
+    hits, wrong, missed, right, neither = np.moveaxis(counts, -1, 0)
+    total = hits + wrong + missed + right
+    parts = (
+        (hits + right, total),
+        (hits, hits + wrong),
+        (hits, hits + missed),
+        (2 * hits, 2 * hits + wrong + missed),
+        (hits + wrong, total),
+        (neither, total),
+    )
+    return np.stack([100 * part / np.maximum(whole, 1) for part, whole in parts], axis=-1)
+
+
+def pope_metrics(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Accuracy, precision, recall and F1 of `yes`, the rate of `yes` and of unparsed answers, in percent."""
+    return dict(zip(POPE, pope_scores(pope_counts(answers, labels).sum(axis=0)).tolist(), strict=True))
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
@@ -16,28 +17,35 @@ from vlm.eval.metrics.answers import direct_answer
 from vlm.eval.scorers import choice_chance, choice_scores, item_scores, no_choice
 from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, chosen_of, coco_names, field, load
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, chosen_of, coco_names, load, rows_of
 
 
 def _read(root: Path | None, split: str, pictures: bool, choices: bool) -> list[Example]:
     if hub.holds(root):
-        return [_example(entry, choices) for entry in hub.entries(root, split, pictures)]
+        found = hub.entries(root, split, pictures)
+        return [_example(entry, choices) for entry in found if choices or not _difficult(entry.row)]
     part = "val" if split == "dev" else split
-    path, rows = load(root, [f"aokvqa_v1p0_{part}.json", f"aokvqa/aokvqa_v1p0_{part}.json"], "A-OKVQA file")
+    path, found = load(root, [f"aokvqa_v1p0_{part}.json", f"aokvqa/aokvqa_v1p0_{part}.json"], "A-OKVQA file")
     find = Pictures(root, COCO_FOLDERS, pictures)
     examples = []
-    for row in rows:
-        image = find(*coco_names(field(row, "image_id", path), part))
+    for row in rows_of(found, path):
+        if not choices and _difficult(row):
+            continue
+        image = find(*coco_names(row, part, path))
         examples.append(_example(Entry(path, row, image), choices))
     return examples
 
 
+def _difficult(row: Any) -> bool:
+    return isinstance(row, Mapping) and row.get("difficult_direct_answer") is True
+
+
 def _example(entry: Entry, choices: bool) -> Example:
-    id = str(entry["question_id"])
+    id = entry.text("question_id")
     listed, right = chosen_of(entry, "choices", "correct_choice_idx")
     meta = {"key": id, "options": json.dumps(listed)}
     answers = [right] if choices else _direct_answers(entry)
-    return make_example(entry.image, str(entry["question"]), answers, id, meta)
+    return make_example(entry.image, entry.text("question"), answers, id, meta)
 
 
 def _direct_answers(entry: Entry) -> list[str]:
@@ -49,11 +57,11 @@ def _direct_answers(entry: Entry) -> list[str]:
             entry = replace(entry, row={name: ast.literal_eval(text)})
         except (ValueError, SyntaxError):
             raise DataError(f"{entry.where}: {name!r} is no list: {text[:80]}") from None
-    return [str(each) for each in entry.listed(name)]
+    return entry.texts(name)
 
 
 def read_direct(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """Direct answers."""
+    """Direct answers, without the questions that the official evaluation leaves out as too difficult."""
     return _read(root, split, pictures, False)
 
 
@@ -76,11 +84,13 @@ TASKS = (
         name="aokvqa",
         about="knowledge and common sense, direct answers",
         read=read_direct,
+        main="accuracy",
         score=item_scores({"accuracy": _direct}),
         split="dev",
         splits=("train", "dev"),
         generation={"max_new_tokens": 12},
         answer_key="direct_answer",
+        surplus=True,  # questions that are too difficult without choices
         submission=partial(submission, "direct_answer"),
         published=(Published("accuracy", 48.6, "GPV-2, Schwenk et al. 2022, arXiv:2206.01718, val"),),
     ),
@@ -88,6 +98,7 @@ TASKS = (
         name="aokvqa-choice",
         about="knowledge and common sense, 4 choices",
         read=read_choices,
+        main="accuracy",
         score=choice_scores,
         split="dev",
         splits=("train", "dev"),

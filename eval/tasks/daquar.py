@@ -8,14 +8,13 @@ its scores are not comparable, as pictures stand on both sides.
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from vlm.data.convert import daquar
-from vlm.data.convert.common import first_existing, make_example, picture_files, read_text
+from vlm.data.convert.common import first_existing, make_example, picture_files
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
+from vlm.data.tables import whole_csv
 from vlm.errors import DataError
 from vlm.eval.scorers import daquar_scores, uniform_chance
 from vlm.eval.task import Published, Task
@@ -34,15 +33,7 @@ def _example(image: str | Path, question: str, answers: list[str], id: str) -> E
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per question of the official split."""
-    assert root is not None
-    if pictures or split in ("dev", "train-rest"):
-        return read_dataset("daquar", root, split)
-    folder = _folder(root)
-    pairs = daquar.read_pairs(first_existing(folder, daquar.question_files(split), "questions"))
-    return [
-        _example(image, question, answers, f"daquar/{split}/{index}")
-        for index, (image, question, answers) in enumerate(pairs)
-    ]
+    return read_dataset("daquar", root, split, pictures=pictures)
 
 
 def read_reduced(root: Path | None, split: str, pictures: bool) -> list[Example]:
@@ -70,7 +61,7 @@ def read_random(root: Path | None, split: str, pictures: bool) -> list[Example]:
     path = root / f"data_{'train' if split == 'train' else 'eval'}.csv"
     images = picture_files(first_existing(root, daquar.IMAGE_FOLDERS, "picture folder")) if pictures else {}
     found = []
-    for index, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
+    for index, row in enumerate(whole_csv(path)):
         try:
             question, answers, image = row["question"], daquar.clean_answers(row["answer"]), row["image_id"]
         except (KeyError, AttributeError):
@@ -86,6 +77,7 @@ TASKS = (
         name="daquar",
         about="objects, colours and numbers in rooms, official split",
         read=read,
+        main="accuracy_single",
         score=daquar_scores,
         split="dev",
         splits=("train", "train-rest", "dev", "test"),
@@ -102,6 +94,7 @@ TASKS = (
         name="daquar-reduced",
         about="37 kinds of things in rooms, 25 test pictures",
         read=read_reduced,
+        main="accuracy_single",
         score=daquar_scores,
         split="test",
         splits=("train", "test"),
@@ -116,6 +109,7 @@ TASKS = (
         name="daquar-random",
         about="the random split of later papers, not comparable with the official one",
         read=read_random,
+        main="accuracy_single",
         score=daquar_scores,
         split="test",
         splits=("train", "test"),

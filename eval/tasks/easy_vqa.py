@@ -12,7 +12,7 @@ from vlm.eval.task import Published, Task
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per question."""
-    return read_dataset("easy-vqa", root, split)
+    return read_dataset("easy-vqa", root, split, pictures=pictures)
 
 
 TASKS = (
@@ -20,6 +20,7 @@ TASKS = (
         name="easy-vqa",
         about="shapes and colours, 13 answers",
         read=read,
+        main="exact_match",
         score=exact_scores,
         split="test",
         splits=("train", "train-rest", "dev", "test"),

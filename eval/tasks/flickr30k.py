@@ -20,7 +20,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """
     if hub.holds(root):
         return [
-            caption_example(entry.image, map(str.strip, entry.listed("caption")), entry["filename"])
+            caption_example(entry.image, map(str.strip, entry.texts("caption")), entry.text("filename"))
             for entry in hub.entries(root, split, pictures, names=("test",))
             if entry["split"] in KARPATHY[split]
         ]

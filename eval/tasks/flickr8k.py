@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-from vlm.config import CAPTION_PROMPT
-from vlm.data.convert import flickr8k
-from vlm.data.convert.common import first_existing, make_example
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
-from vlm.data.splits import canonical_split
-from vlm.errors import DataError
 from vlm.eval.scorers import object_caption_scores
 from vlm.eval.task import Published, Task
 
@@ -19,15 +17,14 @@ BEAMS = 3
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per photograph; without `pictures` only the captions and the list are read."""
-    assert root is not None
-    if pictures:
-        return read_dataset("flickr8k", root, split)
-    folder = root / "flickr8k" if (root / "flickr8k").is_dir() else root
-    captions = flickr8k.read_captions(first_existing(folder, flickr8k.CAPTION_FILES, "caption file"))
-    names = flickr8k.split_names(folder, canonical_split(split))
-    if bare := [name for name in names if name not in captions]:
-        raise DataError(f"{len(bare)} photographs of {split} have no caption, the first is {bare[0]}")
-    return [make_example(name, CAPTION_PROMPT, captions[name], f"flickr8k/{name}") for name in names]
+    return read_dataset("flickr8k", root, split, pictures=pictures)
+
+
+def keyed(examples: Sequence[Example]) -> list[Example]:
+    """Questions made from captions, known in results files by their photograph and what follows its name."""
+    return [
+        replace(e, meta=MappingProxyType({**e.meta, "key": e.id.removeprefix("flickr8k/")})) for e in examples
+    ]
 
 
 TASKS = (
@@ -35,6 +32,7 @@ TASKS = (
         name="flickr8k",
         about="captions of photographs, 5 references",
         read=read,
+        main="cider",
         score=object_caption_scores,
         captions=True,
         split="dev",

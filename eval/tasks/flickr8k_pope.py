@@ -16,7 +16,7 @@ from vlm.eval.tasks import flickr8k, pope
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """The probe of a split's captions: up to 500 pictures, up to six questions in each setting."""
-    return presence_probe(flickr8k.read(root, split, pictures))
+    return flickr8k.keyed(presence_probe(flickr8k.read(root, split, pictures)))
 
 
 TASKS = (
@@ -24,6 +24,7 @@ TASKS = (
         name="flickr8k-pope",
         about="is there an X? random, popular and adversarial negatives made from captions",
         read=read,
+        main="accuracy",
         score=pope.score,
         split="dev",
         splits=("train", "dev", "test"),

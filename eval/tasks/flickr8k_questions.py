@@ -19,7 +19,7 @@ _SHORT = {"max_new_tokens": 12}
 
 def read_all(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """Every generated question of a split."""
-    return questions_from_captions(flickr8k.read(root, split, pictures), seed=SEED)
+    return flickr8k.keyed(questions_from_captions(flickr8k.read(root, split, pictures), seed=SEED))
 
 
 def read_yes_no(root: Path | None, split: str, pictures: bool) -> list[Example]:
@@ -32,6 +32,7 @@ TASKS = (
         name="flickr8k-yesno",
         about="balanced yes/no questions made from captions",
         read=read_yes_no,
+        main="exact_match",
         score=exact_scores,
         split="dev",
         splits=("train", "dev", "test"),
@@ -43,6 +44,7 @@ TASKS = (
         name="flickr8k-questions",
         about="questions with short answers made from captions",
         read=read_all,
+        main="exact_match",
         score=exact_scores,
         split="dev",
         splits=("train", "dev", "test"),

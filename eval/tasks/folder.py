@@ -1,93 +1,105 @@
 """Your own pictures: a folder with metadata.csv or metadata.jsonl (the imagefolder convention).
 
-`folder-caption` wants the columns file_name and caption (or text; several rows a picture are several
+`folder-caption` wants the columns file_name and caption (or text; several rows a picture, or a list, are its
 references); `folder-vqa` file_name, question and answer (or answers, a JSON list), and takes question_type.
-Metadata may lie in a subfolder called after the split. Without metadata `--data` may be anything that
-`vlm.data` reads: a CSV or JSONL file, COCO or LLaVA JSON, Parquet, WebDataset shards, a hub id.
+Metadata may lie in a subfolder called after the split (`val` and `validation` mean dev). The folder's own is
+read for every split that has none, but never for training: it is what is evaluated. Without metadata `--data`
+may be anything that `vlm.data` reads: CSV, JSONL, COCO or LLaVA JSON, Parquet, WebDataset shards, a hub id.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm.config import CAPTION_PROMPT
-from vlm.data.convert.common import first_existing, make_example, read_text
+from vlm.data.convert.common import make_example, parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
-from vlm.data.readers import read_source
+from vlm.data.readers import PART_FOLDERS, read_source
+from vlm.data.rows import as_text
+from vlm.data.tables import metadata_file, whole_csv
 from vlm.errors import DataError
 from vlm.eval.scorers import caption_scores, exact, item_scores, normalised, strict
 from vlm.eval.task import Task, question
 
-METADATA = ("metadata.csv", "metadata.jsonl")
+
+def metadata_of(root: Path, split: str) -> Path | None:
+    """The metadata that has the split; None where this is no image folder.
+
+    Raises:
+        DataError: training rows are asked for, and the folder has none but those that are evaluated.
+    """
+    for name in PART_FOLDERS.get(split, ()):
+        if (found := metadata_file(root / name)) is not None:
+            return found
+    whole = metadata_file(root)
+    if whole is not None and split == "train":
+        raise DataError(
+            f"{root} has no training split: its one {whole.name} is what is evaluated; "
+            f"give training rows a folder of their own, {root / 'train'}"
+        )
+    return whole
 
 
-def has_metadata(root: Path, split: str) -> bool:
-    """Whether this is an image folder."""
-    return any((folder / name).is_file() for folder in (root, root / split) for name in METADATA)
-
-
-def elsewhere(root: Path, split: str) -> list[Example]:
+def elsewhere(root: Path, split: str, pictures: bool) -> list[Example]:
     """The examples of any other source.
 
     Raises:
         DataError: a row that cannot be used; in an evaluation none is left out.
     """
-    reading = read_source(root, "train" if split == "all" else split, divide=False)
+    reading = read_source(root, "train" if split == "all" else split, divide=False, pictures=pictures)
     if reading.bad:
         raise DataError(f"{root}: {len(reading.bad)} rows cannot be used, the first: {reading.bad[0]}")
     return reading.examples
 
 
-def rows(root: Path, split: str) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder that pictures are named from, and the metadata's rows; CSV values are strings as they stand.
+def rows(path: Path) -> list[Mapping[str, Any]]:
+    """The metadata's rows; values are texts as they stand ("007", "1.50").
 
     Raises:
-        DataError: no metadata, a line that cannot be read, a row without file_name.
+        DataError: a line that cannot be read, a row without file_name.
     """
-    folder = root / split if (root / split).is_dir() else root
-    path = first_existing(folder, METADATA, "metadata")
-    text = read_text(path)
-    found: list[dict[str, Any]] = []
-    if path.suffix == ".csv":
-        found = list(csv.DictReader(io.StringIO(text, newline="")))
-    else:
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                found += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
+    csv = path.suffix == ".csv"
+    found = whole_csv(path) if csv else parse_json_lines(read_text(path), path, words=True)
     for number, row in enumerate(found, start=1):
-        if not isinstance(row, dict) or not row.get("file_name"):
+        if not isinstance(row, Mapping) or not row.get("file_name") or not isinstance(row["file_name"], str):
             raise DataError(f"{path}, entry {number}: no file_name")
-    return folder, found
+    return found
 
 
-def _picture(folder: Path, name: str, pictures: bool) -> Path:
-    path = folder / name
+def _picture(path: Path, pictures: bool) -> Path:
     if pictures and not path.is_file():
         raise DataError(f"the picture {path} is missing")
     return path
 
 
+def _texts(row: Mapping[str, Any], *names: str, where: str) -> list[str]:
+    """The texts of the first column that has any: one, or several as a list.
+
+    Raises:
+        DataError: there are none, or one is empty or no text.
+    """
+    value = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, list | Mapping) or not as_text(item).strip() for item in items):
+        raise DataError(f"{where}: no text in its column {' or '.join(names)}: {str(value)[:80]}")
+    return [as_text(item) for item in items]
+
+
 def read_captions(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per picture, its references in the rows' order."""
     assert root is not None
-    if not has_metadata(root, split):
-        return _together([e for e in elsewhere(root, split) if question(e) == CAPTION_PROMPT])
-    folder, found = rows(root, split)
+    path = metadata_of(root, split)
+    if path is None:
+        return _together([e for e in elsewhere(root, split, pictures) if question(e) == CAPTION_PROMPT])
     captions: dict[str, list[str]] = {}
-    for row in found:
-        text = row.get("caption") or row.get("text")
-        if not text:
-            raise DataError(f"{row['file_name']} has no caption: a column caption or text is needed")
-        captions.setdefault(row["file_name"], []).append(str(text))
+    for number, row in enumerate(rows(path), start=1):
+        texts = _texts(row, "caption", "text", where=f"{path}, entry {number}")
+        captions.setdefault(row["file_name"], []).extend(texts)
     return [
-        make_example(_picture(folder, name, pictures), CAPTION_PROMPT, texts, name, {"key": name})
+        make_example(_picture(path.parent / name, pictures), CAPTION_PROMPT, texts, name, {"key": name})
         for name, texts in captions.items()
     ]
 
@@ -105,28 +117,23 @@ def _together(examples: list[Example]) -> list[Example]:
 def read_questions(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per row."""
     assert root is not None
-    if not has_metadata(root, split):
-        return [e for e in elsewhere(root, split) if question(e) != CAPTION_PROMPT]
-    folder, found = rows(root, split)
+    path = metadata_of(root, split)
+    if path is None:
+        return [e for e in elsewhere(root, split, pictures) if question(e) != CAPTION_PROMPT]
     examples = []
-    for number, row in enumerate(found):
-        answers = row.get("answers") or [row.get("answer")]
-        if isinstance(answers, str):
-            answers = json.loads(answers) if answers.startswith("[") else [answers]
-        if not row.get("question") or not answers or not all(answers):
-            raise DataError(f"{row['file_name']}, row {number + 1}: a question and an answer are needed")
-        meta = {"key": str(row.get("id") or number)}
-        if row.get("question_type"):
-            meta["question_type"] = str(row["question_type"])
-        examples.append(
-            make_example(
-                _picture(folder, row["file_name"], pictures),
-                str(row["question"]),
-                map(str, answers),
-                f"{split}/{meta['key']}",
-                meta,
-            )
-        )
+    for number, row in enumerate(rows(path)):
+        where = f"{path}, entry {number + 1}"
+        asked = row.get("question")
+        if not isinstance(asked, str) or not asked.strip():
+            raise DataError(f"{where}: no text in its column question: {str(asked)[:80]}")
+        answers = _texts(row, "answers", "answer", where=where)
+        if len(answers) == 1 and answers[0].startswith("["):  # a CSV's list
+            answers = _texts({"answers": parse_json(answers[0], where, words=True)}, "answers", where=where)
+        meta = {"key": as_text(row.get("id")) or str(number)}
+        if kind := as_text(row.get("question_type")):
+            meta["question_type"] = kind
+        image = _picture(path.parent / row["file_name"], pictures)
+        examples.append(make_example(image, asked, answers, f"{split}/{meta['key']}", meta))
     return examples
 
 
@@ -135,6 +142,7 @@ TASKS = (
         name="folder-vqa",
         about="your own questions: metadata.csv or .jsonl beside the pictures",
         read=read_questions,
+        main="exact_match",
         score=item_scores(
             {"exact_match": exact, "accuracy_strict": strict, "accuracy_normalised": normalised}
         ),
@@ -146,6 +154,7 @@ TASKS = (
         name="folder-caption",
         about="your own captions: metadata.csv or .jsonl beside the pictures",
         read=read_captions,
+        main="cider",
         score=caption_scores,
         captions=True,
         split="test",

@@ -11,7 +11,7 @@ from vlm.errors import DataError
 from vlm.eval.scorers import exact, item_scores, uniform_chance
 from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Entry, Pictures, field, load
+from vlm.eval.tasks.layouts import Entry, Pictures, load, rows_by_id, text_of
 
 PARTS = {"train": "train", "dev": "val", "testdev": "testdev"}
 
@@ -24,8 +24,8 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     path, found = load(root, [name, f"questions1.2/{name}", f"questions/{name}"], "GQA question file")
     find = Pictures(root, ("images", "allImages/images", ""), pictures)
     examples = []
-    for id, row in found.items():
-        examples.append(_example(Entry(path, row, find(f"{field(row, 'imageId', path)}.jpg")), id))
+    for id, row in rows_by_id(found, path).items():
+        examples.append(_example(Entry(path, row, find(f"{text_of(row, 'imageId', path)}.jpg")), id))
     return examples
 
 
@@ -36,17 +36,17 @@ def _from_hub(root: Path | None, part: str, pictures: bool) -> list[Example]:
         table = hub.entries(root, part, True, config=f"{part}_balanced_images")
         stored = {str(entry["id"]): entry.image for entry in table}
         for number, entry in enumerate(asked):
-            name = str(entry["imageId"])
+            name = entry.text("imageId")
             if name not in stored:
                 raise DataError(f"{entry.where}: {part}_balanced_images has no picture {name}")
             asked[number] = replace(entry, image=stored[name])
-    return [_example(entry, str(entry["id"])) for entry in asked]
+    return [_example(entry, entry.text("id")) for entry in asked]
 
 
 def _example(entry: Entry, id: str) -> Example:
-    kinds = entry.row.get("types") or {}
+    kinds = rows_by_id(entry.row.get("types") or {}, entry.where)
     meta = {"key": id, "question_type": str(kinds.get("structural", ""))}
-    return make_example(entry.image, str(entry["question"]), [str(entry["answer"])], id, meta)
+    return make_example(entry.image, entry.text("question"), [entry.text("answer")], id, meta)
 
 
 def equal(answer: str, example: Example) -> float:
@@ -59,6 +59,7 @@ TASKS = (
         name="gqa",
         about="compositional questions, balanced",
         read=read,
+        main="accuracy",
         score=item_scores({"accuracy": equal, "exact_match": exact}),
         split="testdev",
         splits=("train", "dev", "testdev"),
@@ -66,6 +67,7 @@ TASKS = (
         generation={"max_new_tokens": 8},
         id_key="questionId",
         answer_key="prediction",
+        surplus=True,  # those of the unbalanced part
         published=(
             Published("accuracy", 41.1, "question only, Hudson and Manning 2019, arXiv:1902.09506, test"),
             Published("accuracy", 54.1, "MAC, Hudson and Manning 2019, arXiv:1902.09506, test"),

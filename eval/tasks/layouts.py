@@ -5,7 +5,6 @@ An entry is one row of a benchmark, whether official JSON or the hub's Parquet (
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,16 @@ from typing import Any
 
 from vlm.config import CAPTION_PROMPT
 from vlm.conversation import ImageSource
-from vlm.data.convert.common import first_existing, make_example, read_text
+from vlm.data.convert.common import first_existing, make_example, parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval.scorers import caption_scores
 from vlm.eval.task import Task
 
-COCO_FOLDERS = ("", "images", "val2014", "train2014", "test2015", "val2017", "train2017", "test2017")
+_COCO_PARTS = ("val2014", "train2014", "test2015", "val2017", "train2017", "test2017")
+_COCO_BASES = ("images/", "Images/", "Images/mscoco/")
+COCO_FOLDERS = ("", "images", *_COCO_PARTS, *(base + part for base in _COCO_BASES for part in _COCO_PARTS))
+"""Beside the annotations, or as VQA's toolkit has them."""
 KARPATHY = {"dev": ("val",), "train": ("train", "restval"), "test": ("test",)}
 CAPTION_DECODING = {"num_beams": 3, "max_new_tokens": 32}
 
@@ -48,16 +50,35 @@ class Entry:
         """
         return field(self.row, name, self.where)
 
+    def text(self, name: str) -> str:
+        """A column's words; numbers are written out.
+
+        Raises:
+            DataError: the entry has none, or a list or an object instead.
+        """
+        return text_of(self.row, name, self.where)
+
     def listed(self, name: str) -> list[Any]:
         """A column's values.
 
         Raises:
             DataError: the entry has none, or no list of them.
         """
-        found = self[name]
-        if not isinstance(found, list):
-            raise DataError(f"{self.where}: {name!r} is no list: {str(found)[:80]}")
-        return found
+        return rows_of(self.row, self.where, name)
+
+    def texts(self, name: str) -> list[str]:
+        """A column's texts, at least one: plain ones, or VQA's objects with an "answer".
+
+        Raises:
+            DataError: there are none, or one is no text.
+        """
+        found = self.listed(name)
+        if not found:
+            raise DataError(f"{self.where}: {name!r} is empty: {str(dict(self.row))[:80]}")
+        return [
+            text_of(each if isinstance(each, Mapping) else {"answer": each}, "answer", self.where)
+            for each in found
+        ]
 
 
 def load(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, Any]:
@@ -68,28 +89,18 @@ def load(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, Any]
     """
     assert root is not None
     path = first_existing(root, names, what)
-    text = read_text(path)
-    try:
-        return path, json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
+    return path, parse_json(read_text(path), path)
 
 
 def json_lines(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, list[Any]]:
-    """The first of the files that exists, one JSON value a line (or one list).
+    """The first of the files that exists, one JSON value a line.
 
     Raises:
         DataError: none exists, or a line is no JSON.
     """
     assert root is not None
     path = first_existing(root, names, what)
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
-    return path, rows
+    return path, parse_json_lines(read_text(path), path)
 
 
 def field(row: Any, name: str, where: str | Path) -> Any:
@@ -101,6 +112,42 @@ def field(row: Any, name: str, where: str | Path) -> Any:
     if not isinstance(row, Mapping) or row.get(name) is None:
         raise DataError(f"{where}: an entry has no {name!r}: {str(row)[:80]}")
     return row[name]
+
+
+def text_of(row: Any, name: str, where: str | Path) -> str:
+    """`row[name]` as words; numbers are written out.
+
+    Raises:
+        DataError: the entry has no such field, or no text and no number there.
+    """
+    found = field(row, name, where)
+    if isinstance(found, bool) or not isinstance(found, str | int | float) or found != found:
+        raise DataError(f"{where}: {name!r} is no text: {str(found)[:80]}")
+    return str(found)
+
+
+def rows_of(table: Any, where: str | Path, name: str | None = None) -> list[Any]:
+    """A file's rows: the list that it is, or the one that it has under a name.
+
+    Raises:
+        DataError: there is no list.
+    """
+    found = table if name is None else field(table, name, where)
+    if not isinstance(found, list):
+        said = "a list of entries is expected, got" if name is None else f"{name!r} is no list:"
+        raise DataError(f"{where}: {said} {str(found)[:80]}")
+    return found
+
+
+def rows_by_id(table: Any, where: str | Path) -> Mapping[str, Any]:
+    """A file's rows by their ids.
+
+    Raises:
+        DataError: it is no object.
+    """
+    if not isinstance(table, Mapping):
+        raise DataError(f"{where}: an object of entries by id is expected, got {str(table)[:80]}")
+    return table
 
 
 def known(kind: Any, kinds: Sequence[str], id: Any, where: str | Path) -> str:
@@ -139,18 +186,17 @@ class Pictures:
         raise DataError(f"the picture {names[0]} is missing below {self.root}")
 
 
-def coco_names(image_id: int | str, part: str) -> tuple[str, ...]:
-    """The file names of a COCO picture: of 2014 and of 2017."""
-    number = f"{int(image_id):012d}.jpg"
+def coco_names(row: Any, part: str, where: str | Path) -> tuple[str, ...]:
+    """The file names of the COCO picture of a row's `image_id`: of 2014 and of 2017.
+
+    Raises:
+        DataError: its id is no whole number.
+    """
+    id = text_of(row, "image_id", where)
+    if not id.isdecimal():
+        raise DataError(f"{where}: 'image_id' is no whole number: {id[:80]}")
+    number = f"{int(id):012d}.jpg"
     return (f"COCO_{part}2014_{number}", number, f"COCO_test2015_{number}")
-
-
-def annotated(entry: Entry) -> list[str]:
-    """The annotators' answers: the official objects, or texts."""
-    return [
-        each if isinstance(each, str) else str(field(each, "answer", entry.where))
-        for each in entry.listed("answers")
-    ]
 
 
 def chosen_of(entry: Entry, options: str, right: str) -> tuple[list[str], str]:
@@ -159,8 +205,8 @@ def chosen_of(entry: Entry, options: str, right: str) -> tuple[list[str], str]:
     Raises:
         DataError: there is no right one.
     """
-    listed, number = entry.listed(options), entry[right]
-    if not isinstance(number, int) or not 0 <= number < len(listed):
+    listed, number = entry.texts(options), entry[right]
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(listed):
         raise DataError(f"{entry.where}: {right!r} is {number!r} of {len(listed)} choices: {listed}")
     return listed, listed[number]
 
@@ -171,14 +217,13 @@ def vqa_example(entry: Entry) -> Example:
     Raises:
         DataError: a field is missing, the answer type is unknown.
     """
-    id = str(entry["question_id"])
-    kind = entry.row.get("answer_type", "other")
+    id = entry.text("question_id")
     meta = {
         "key": id,
         "question_type": str(entry.row.get("question_type", "")),
-        "answer_type": known(kind, ("yes/no", "number", "other"), id, entry.where),
+        "answer_type": known(entry["answer_type"], ("yes/no", "number", "other"), id, entry.where),
     }
-    return make_example(entry.image, str(entry["question"]), annotated(entry), id, meta)
+    return make_example(entry.image, entry.text("question"), entry.texts("answers"), id, meta)
 
 
 def caption_example(image: ImageSource, captions: Iterable[str], key: str, **meta: str) -> Example:
@@ -187,31 +232,38 @@ def caption_example(image: ImageSource, captions: Iterable[str], key: str, **met
 
 
 def vqa_pairs(
-    root: Path | None, pictures: bool, questions: Sequence[str], annotations: Sequence[str], part: str
+    root: Path | None, pictures: bool, questions: str, annotations: str, part: str
 ) -> list[Example]:
     """The examples of an official VQA pair of files: questions, and ten answers each.
+
+    The files lie side by side, or as VQA's toolkit has them (Questions/, Annotations/, Images/mscoco/).
 
     Raises:
         DataError: a question without annotation, an unknown answer type, a missing picture.
     """
-    question_path, asked = load(root, questions, "question file")
-    path, said = load(root, annotations, "annotation file")
+    question_path, asked = load(root, beside(questions, "Questions", "questions"), "question file")
+    path, said = load(root, beside(annotations, "Annotations"), "annotation file")
     find = Pictures(root, COCO_FOLDERS, pictures)
-    by_id: dict[Any, Any] = {}
-    for row in field(said, "annotations", path):
-        id = field(row, "question_id", path)
+    by_id: dict[str, Any] = {}
+    for row in rows_of(said, path, "annotations"):
+        id = text_of(row, "question_id", path)
         if id in by_id:
             raise DataError(f"{path}: question {id} is annotated twice")
         by_id[id] = row
     examples = []
-    for row in field(asked, "questions", question_path):
-        id = field(row, "question_id", question_path)
+    for row in rows_of(asked, question_path, "questions"):
+        id = text_of(row, "question_id", question_path)
         if id not in by_id:
             raise DataError(f"{path} has no annotation for question {id}")
-        asks = {"question": field(row, "question", question_path)}
-        image = find(*coco_names(field(row, "image_id", question_path), part))
+        asks = {"question": text_of(row, "question", question_path)}
+        image = find(*coco_names(row, part, question_path))
         examples.append(vqa_example(Entry(path, by_id[id] | asks, image)))
     return examples
+
+
+def beside(name: str, *folders: str) -> list[str]:
+    """Where a file of annotations may lie: in the root, in one of the folders, in `annotations`."""
+    return [name, *(f"{folder}/{name}" for folder in (*folders, "annotations"))]
 
 
 def karpathy(
@@ -225,10 +277,10 @@ def karpathy(
     path, found = load(root, [name, f"annotations/{name}", f"karpathy/{name}"], "Karpathy's split")
     find = Pictures(root, folders, pictures)
     examples = []
-    for row in field(found, "images", path):
+    for row in rows_of(found, path, "images"):
         if field(row, "split", path) in KARPATHY[split]:
-            file = str(field(row, "filename", path))
-            texts = [str(field(each, "raw", path)).strip() for each in field(row, "sentences", path)]
+            file = text_of(row, "filename", path)
+            texts = [text_of(each, "raw", path).strip() for each in rows_of(row, path, "sentences")]
             key = str(row.get("cocoid", file))
             places = (f"{row['filepath']}/{file}", file) if row.get("filepath") else (file,)
             examples.append(caption_example(find(*places), texts, key))
@@ -237,5 +289,10 @@ def karpathy(
 
 def caption_task(name: str, about: str, **rest: Any) -> Task:
     """A captioning task with the usual decoding and the official results format."""
-    usual: dict[str, Any] = {"score": caption_scores, "captions": True, "generation": CAPTION_DECODING}
+    usual: dict[str, Any] = {
+        "main": "cider",
+        "score": caption_scores,
+        "captions": True,
+        "generation": CAPTION_DECODING,
+    }
     return Task(name=name, about=about, id_key="image_id", answer_key="caption", **(usual | rest))

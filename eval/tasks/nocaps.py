@@ -11,7 +11,7 @@ from vlm.errors import DataError
 from vlm.eval.scorers import breakdown, caption_scores
 from vlm.eval.task import Published, Scores
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Pictures, caption_example, caption_task, field, load
+from vlm.eval.tasks.layouts import Pictures, caption_example, caption_task, load, rows_of, text_of
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
@@ -22,22 +22,22 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     if hub.holds(root):
         return [
             caption_example(
-                entry.image, map(str, entry.listed("annotations_captions")), str(entry["image_id"]), domain=""
+                entry.image, entry.texts("annotations_captions"), entry.text("image_id"), domain=""
             )
             for entry in hub.entries(root, split, pictures)
         ]
     path, found = load(root, ["nocaps_val_4500_captions.json", "nocaps_val.json"], "NoCaps file")
     find = Pictures(root, ("val", "images", "validation", ""), pictures)
-    captions: dict[object, list[str]] = {}
-    for row in field(found, "annotations", path):
-        captions.setdefault(field(row, "image_id", path), []).append(str(field(row, "caption", path)))
+    captions: dict[str, list[str]] = {}
+    for row in rows_of(found, path, "annotations"):
+        captions.setdefault(text_of(row, "image_id", path), []).append(text_of(row, "caption", path))
     examples = []
-    for row in field(found, "images", path):
-        id = field(row, "id", path)
+    for row in rows_of(found, path, "images"):
+        id = text_of(row, "id", path)
         if id not in captions:
             raise DataError(f"{path}: picture {id} has no caption")
-        image = find(str(field(row, "file_name", path)))
-        examples.append(caption_example(image, captions[id], str(id), domain=str(row.get("domain", ""))))
+        image = find(text_of(row, "file_name", path))
+        examples.append(caption_example(image, captions[id], id, domain=str(row.get("domain", ""))))
     return examples
 
 

@@ -19,7 +19,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
         return [vqa_example(entry) for entry in hub.entries(root, split, pictures, names=HUB_PARTS[split])]
     part = "val" if split == "test" else "train"
     questions = f"OpenEnded_mscoco_{part}2014_questions.json"
-    return vqa_pairs(root, pictures, [questions], [f"mscoco_{part}2014_annotations.json"], part)
+    return vqa_pairs(root, pictures, questions, f"mscoco_{part}2014_annotations.json", part)
 
 
 TASKS = (
@@ -27,6 +27,7 @@ TASKS = (
         name="okvqa",
         about="questions that need outside knowledge, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=vqa_scores,
         split="test",
         splits=("train", "test"),

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
-from vlm.eval.metrics.answers import pope_answer, pope_metrics
+from vlm.eval.metrics.answers import POPE, pope_answer, pope_counts, pope_metrics, pope_scores
 from vlm.eval.scorers import half, item_scores, neither
+from vlm.eval.stats import corpus_interval
 from vlm.eval.task import Published, Scores, Task
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, field, json_lines, known
+from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, json_lines, known, text_of
 
 SETTINGS = ("random", "popular", "adversarial")
 
@@ -27,14 +28,14 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     find = Pictures(root, COCO_FOLDERS, pictures)
     examples = []
     for row in rows:
-        examples.append(_example(Entry(path, row, find(str(field(row, "image", path)))), "text", "label"))
+        examples.append(_example(Entry(path, row, find(text_of(row, "image", path))), "text", "label"))
     return examples
 
 
 def _example(entry: Entry, asked: str, said: str) -> Example:
-    id = str(entry["question_id"])
-    label = known(str(entry[said]).strip().lower(), ("yes", "no"), id, entry.where)
-    return make_example(entry.image, str(entry[asked]), [label], id)
+    id = entry.text("question_id")
+    label = known(entry.text(said).strip().lower(), ("yes", "no"), id, entry.where)
+    return make_example(entry.image, entry.text(asked), [label], id)
 
 
 def _accuracy(answer: str, example: Example) -> float:
@@ -52,7 +53,9 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
         places = [number for number, each in enumerate(settings) if each == setting]
         row = pope_metrics([answers[n] for n in places], [labels[n] for n in places])
         table[f"setting={setting}"] = {"n": len(places), **row}
-    return replace(found, metrics=pope_metrics(answers, labels), breakdown=table)
+    ends = corpus_interval(pope_counts(answers, labels), pope_scores)
+    intervals = {name: (float(low), float(high)) for name, (low, high) in zip(POPE, ends, strict=True)}
+    return replace(found, metrics=pope_metrics(answers, labels), intervals=intervals, breakdown=table)
 
 
 TASKS = (
@@ -60,6 +63,7 @@ TASKS = (
         name="pope",
         about="is there an X? objects that are not there",
         read=read,
+        main="accuracy",
         score=score,
         split="adversarial",
         splits=SETTINGS,

@@ -11,7 +11,7 @@ from vlm.data.example import Example
 from vlm.eval.scorers import choice_chance, choice_scores, chosen, no_choice, options
 from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Entry, Pictures, chosen_of, field, load
+from vlm.eval.tasks.layouts import Entry, Pictures, chosen_of, field, load, rows_by_id
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
@@ -25,7 +25,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     path, problems = load(root, ["problems.json", "data/scienceqa/problems.json"], "ScienceQA file")
     find = Pictures(root, ("images", "data/scienceqa/images", ""), pictures)
     examples = []
-    for id, row in problems.items():
+    for id, row in rows_by_id(problems, path).items():
         if field(row, "split", path) != part or not row.get("image"):
             continue
         image = find(f"{part}/{id}/{row['image']}", f"{id}/{row['image']}")
@@ -36,7 +36,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
 def _example(entry: Entry, id: str) -> Example:
     listed, right = chosen_of(entry, "choices", "answer")
     hint = str(entry.row.get("hint") or "").strip()
-    question = str(entry["question"])
+    question = entry.text("question")
     meta = {"key": id, "options": json.dumps(listed), "question_type": str(entry.row.get("subject", ""))}
     return make_example(entry.image, f"{hint}\n{question}" if hint else question, [right], id, meta)
 
@@ -55,12 +55,14 @@ TASKS = (
         name="scienceqa-img",
         about="school questions with a picture, 2 to 5 choices",
         read=read,
+        main="accuracy",
         score=choice_scores,
         split="test",
         splits=("train", "dev", "test"),
         chance=choice_chance,
         unparsed=no_choice,
         choices=True,
+        surplus=True,  # problems without picture
         submission=submission,
         published=(
             Published("accuracy", 40.1, "guessing, Lu et al. 2022, arXiv:2209.09513, IMG, test"),

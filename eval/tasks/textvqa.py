@@ -10,7 +10,7 @@ from vlm.eval.metrics.answers import anls
 from vlm.eval.scorers import item_scores, normalised, strict
 from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Entry, Pictures, field, load
+from vlm.eval.tasks.layouts import Entry, Pictures, load, rows_of, text_of
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
@@ -21,14 +21,14 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     path, found = load(root, [f"TextVQA_0.5.1_{part}.json"], "TextVQA file")
     find = Pictures(root, ("train_images", "images", "test_images", ""), pictures)
     return [
-        _example(Entry(path, row, find(f"{field(row, 'image_id', path)}.jpg")))
-        for row in field(found, "data", path)
+        _example(Entry(path, row, find(f"{text_of(row, 'image_id', path)}.jpg")))
+        for row in rows_of(found, path, "data")
     ]
 
 
 def _example(entry: Entry) -> Example:
-    id = str(entry["question_id"])
-    return make_example(entry.image, str(entry["question"]), map(str, entry.listed("answers")), id)
+    id = entry.text("question_id")
+    return make_example(entry.image, entry.text("question"), entry.texts("answers"), id)
 
 
 def _anls(answer: str, example: Example) -> float:
@@ -40,6 +40,7 @@ TASKS = (
         name="textvqa",
         about="questions that need reading, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=item_scores({"accuracy_strict": strict, "accuracy_normalised": normalised, "anls": _anls}),
         split="dev",
         splits=("train", "dev"),

@@ -10,7 +10,7 @@ from vlm.data.example import Example
 from vlm.eval.scorers import vqa_scores
 from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Entry, Pictures, annotated, field, known, load
+from vlm.eval.tasks.layouts import Entry, Pictures, field, known, load, rows_of, text_of
 
 TYPES = ("yes/no", "number", "other", "unanswerable")
 
@@ -20,28 +20,28 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     format."""
     if hub.holds(root):
         return [
-            _example(entry, f"{str(entry['question_id']).removesuffix('.jpg')}.jpg", entry["category"])
+            _example(entry, f"{entry.text('question_id').removesuffix('.jpg')}.jpg", entry["category"])
             for entry in hub.entries(root, split, pictures)
         ]
     part = "val" if split == "dev" else split
-    path, rows = load(
+    path, found = load(
         root, [f"{part}.json", f"Annotations/{part}.json", f"annotations/{part}.json"], "VizWiz file"
     )
     find = Pictures(root, (part, "images", "Images", ""), pictures)
     examples = []
-    for row in rows:
-        name = str(field(row, "image", path))
-        examples.append(_example(Entry(path, row, find(name)), name, row.get("answer_type", "other")))
+    for row in rows_of(found, path):
+        name = text_of(row, "image", path)
+        examples.append(_example(Entry(path, row, find(name)), name, field(row, "answer_type", path)))
     return examples
 
 
 def _example(entry: Entry, name: str, kind: str) -> Example:
-    answers = annotated(entry)
+    answers = entry.texts("answers")
     meta = {"key": name, "answer_type": known(kind, TYPES, name, entry.where)}
     sure = [str(each.get("answer_confidence", "")) for each in entry["answers"] if isinstance(each, Mapping)]
     if sure:  # the hub's answers are texts alone
         meta["confidences"] = "|".join(sure)
-    return make_example(entry.image, str(entry["question"]), answers, name, meta)
+    return make_example(entry.image, entry.text("question"), answers, name, meta)
 
 
 TASKS = (
@@ -49,6 +49,7 @@ TASKS = (
         name="vizwiz",
         about="questions by blind people about their photographs, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=vqa_scores,
         split="dev",
         splits=("train", "dev"),

@@ -10,7 +10,7 @@ from vlm.data.example import Example
 from vlm.eval.scorers import exact, item_scores, uniform_chance
 from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Entry, Pictures, field, known, load
+from vlm.eval.tasks.layouts import Entry, Pictures, known, load, rows_of, text_of
 
 FILES = ("VQA_RAD Dataset Public.json", "VQA_RAD_Dataset_Public.json", "trainset.json", "dataset.json")
 FOLDERS = ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "images", "")
@@ -21,13 +21,13 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     flaviagiammarino/vqa-rad."""
     if hub.holds(root):
         return [_from_hub(entry) for entry in hub.entries(root, split, pictures)]
-    path, rows = load(root, FILES, "VQA-RAD file")
+    path, found = load(root, FILES, "VQA-RAD file")
     find = Pictures(root, FOLDERS, pictures)
     examples = []
-    for row in rows:
-        if str(field(row, "phrase_type", path)).startswith("test") != (split == "test"):
+    for row in rows_of(found, path):
+        if text_of(row, "phrase_type", path).startswith("test") != (split == "test"):
             continue
-        examples.append(_example(Entry(path, row, find(str(field(row, "image_name", path))))))
+        examples.append(_example(Entry(path, row, find(text_of(row, "image_name", path)))))
     return examples
 
 
@@ -35,18 +35,18 @@ def _from_hub(entry: Entry) -> Example:
     """The hub's rows have neither ids nor types: their number is the id, and a question is closed if its
     answer is yes or no, which is the data set card's definition; of the official closed questions some
     offer other words."""
-    closed = str(entry["answer"]).strip().lower() in ("yes", "no")
+    closed = entry.text("answer").strip().lower() in ("yes", "no")
     supplied = {"qid": entry.number, "answer_type": "CLOSED" if closed else "OPEN"}
     return _example(replace(entry, row=supplied | dict(entry.row)))
 
 
 def _example(entry: Entry) -> Example:
-    id = str(entry["qid"])
-    kind = known(str(entry["answer_type"]).strip(), ("CLOSED", "OPEN"), id, entry.where)
+    id = entry.text("qid")
+    kind = known(entry.text("answer_type").strip(), ("CLOSED", "OPEN"), id, entry.where)
     asks = str(entry.row.get("question_type", ""))
     meta = {"key": id, "answer_type": kind.lower(), "question_type": asks}
-    answer = str(entry["answer"]).strip().lower()
-    return make_example(entry.image, str(entry["question"]), [answer], id, meta)
+    answer = entry.text("answer").strip().lower()
+    return make_example(entry.image, entry.text("question"), [answer], id, meta)
 
 
 def _of(kind: str, answer: str, example: Example) -> float:
@@ -58,6 +58,7 @@ TASKS = (
         name="vqa-rad",
         about="radiology, yes/no and open questions",
         read=read,
+        main="exact_match",
         score=item_scores(
             {
                 "exact_match": exact,

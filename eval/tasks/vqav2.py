@@ -18,7 +18,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     part = "val" if split == "dev" else split
     questions = f"v2_OpenEnded_mscoco_{part}2014_questions.json"
     annotations = f"v2_mscoco_{part}2014_annotations.json"
-    return vqa_pairs(root, pictures, [questions], [annotations], part)
+    return vqa_pairs(root, pictures, questions, annotations, part)
 
 
 TASKS = (
@@ -26,6 +26,7 @@ TASKS = (
         name="vqav2",
         about="open questions about COCO pictures, 10 answers",
         read=read,
+        main="accuracy_strict",
         score=vqa_scores,
         split="dev",
         splits=("train", "dev"),

@@ -88,6 +88,54 @@ def test_daquar_answers(tmp_path: Path, save: Callable[..., Path]) -> None:
         daquar.read(tmp_path, "train")
 
 
+def test_the_installed_package_stands_in_only_where_no_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent does not hold easy-vqa"):
+        read_dataset("easy-vqa", tmp_path / "absent", "test")
+
+
+ROOMS = [f"image{number}" for number in range(1, 40, 2)]  # runs of one picture each
+SHAPES = [str(number) for number in range(40)]
+
+
+def write_words(name: str, folder: Path) -> list[str]:
+    """The words of a set without its pictures; returns the pictures' names."""
+    if name == "daquar":
+        pairs = "".join(f"what is in the {image} ?\nchair\n" for image in ROOMS)
+        (folder / "qa.894.raw.train.txt").write_text(pairs)
+        (folder / "images").mkdir()
+        return ROOMS
+    (folder / "train" / "images").mkdir(parents=True)
+    rows = [["what color is it?", "red", int(n)] for n in SHAPES]
+    (folder / "train" / "questions.json").write_text(json.dumps(rows))
+    return SHAPES
+
+
+@pytest.mark.parametrize("name", ["daquar", "easy-vqa"])
+def test_a_part_needs_only_its_own_pictures_and_its_words_none(
+    name: str, tmp_path: Path, save: Callable[..., Path]
+) -> None:
+    names = write_words(name, tmp_path)
+    words = {s: read_dataset(name, tmp_path, s, pictures=False) for s in ("train", "train-rest", "dev")}
+    assert len(words["train"]) == len(names) == len(words["train-rest"]) + len(words["dev"])
+    assert words["dev"] and words["train-rest"]
+    images = next(folder for folder in tmp_path.rglob("images"))
+    for example in words["dev"]:
+        save(images / f"{example.meta['image']}.png", 1)
+    shown = read_dataset(name, tmp_path, "dev")
+    assert [(e.id, e.turns, e.answers, e.meta) for e in shown] == [
+        (e.id, e.turns, e.answers, e.meta) for e in words["dev"]
+    ]
+    for split in ("train", "train-rest"):
+        with pytest.raises(DataError, match=r"picture.* missing below|is not in"):
+            read_dataset(name, tmp_path, split)
+
+
+def test_a_quote_that_is_never_closed_is_one_clear_error(flickr: Path) -> None:
+    (flickr / "captions.txt").write_text('image,caption\na.jpg,"A dog\nb.jpg,A cat\n')
+    with pytest.raises(DataError, match=r"captions\.txt is not CSV"):
+        read_dataset("flickr8k", flickr, "dev")
+
+
 def test_daquar_never_divides_a_run_of_neighbouring_pictures() -> None:
     names = [f"image{n}" for n in range(1, 400) if n % 7]
     held = daquar.held_out_images(names)
@@ -101,7 +149,8 @@ def test_daquar_never_divides_a_run_of_neighbouring_pictures() -> None:
 def test_dev_and_the_rest_make_the_official_training_part(name: str, datasets_dir: Path) -> None:
     if name == "easy-vqa":
         pytest.importorskip("easy_vqa")
-    parts = {split: read_dataset(name, datasets_dir, split) for split in ("train", "train-rest", "dev")}
+    root = None if name == "easy-vqa" else datasets_dir
+    parts = {split: read_dataset(name, root, split) for split in ("train", "train-rest", "dev")}
     ids = {split: {example.id for example in examples} for split, examples in parts.items()}
     assert ids["train"] == ids["train-rest"] | ids["dev"] and not ids["train-rest"] & ids["dev"]
     pictures = {split: {example.images[0] for example in examples} for split, examples in parts.items()}
@@ -136,6 +185,12 @@ def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> 
             Path(str(e.images[0])).read_bytes() for e in examples
         ]
     image = Path(str(read_dataset(tmp_path / "out", split="dev")[0].images[0]))
+    bare = tmp_path / "bare" / "validation"
+    bare.mkdir(parents=True)
+    (bare.parent / "dataset.json").write_bytes((tmp_path / "out" / "dataset.json").read_bytes())
+    (bare / "metadata.jsonl").write_bytes((tmp_path / "out" / "validation" / "metadata.jsonl").read_bytes())
+    worded = read_dataset("flickr8k", bare.parent, "dev", pictures=False)
+    assert [(e.id, e.answers) for e in worded] == [(e.id, e.answers) for e in parts["dev"]]
     assert os.stat(image).st_nlink == 2, "pictures are linked, not copied, on one file system"
     described = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert described["parts"] == sizes

@@ -1,6 +1,6 @@
 """A stand-in for a model: it answers with a function of the words and the picture's name, and can be killed.
 
-python parrot.py OUT.json ITEMS_BEFORE_DEATH BATCH   (0: never)
+python parrot.py OUT.json ITEMS_BEFORE_DEATH BATCH [OPTION ...]   (0: never)
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Parrot:
         return [[-float(len(text)) for text in row] for row in candidates]
 
 
-def main(out: str, die_after: int, batch: int) -> int:
+def main(out: str, die_after: int, batch: int, *extra: str) -> int:
     from vlm.eval import session
     from vlm.eval.main import _parser
 
     data = str(Path(__file__).parent / "fixtures" / "vqav2")
     args = _parser().parse_args(
-        ["vqav2", "--data", data, "--out", out, "--batch-size", str(batch), "--no-html"]
+        ["vqav2", "--data", data, "--out", out, "--batch-size", str(batch), "--no-html", *extra]
     )
     session.apply_common = lambda args: None  # type: ignore[assignment]
     session._model = lambda args: Parrot(die_after)  # type: ignore[assignment,return-value]
@@ -70,4 +70,4 @@ def main(out: str, die_after: int, batch: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))

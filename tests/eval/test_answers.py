@@ -190,6 +190,8 @@ def test_exact_match() -> None:
         ("helo", ["hello"], 0.8),
         ("xxlo", ["hello"], 0.0),
         ("Hello ", ["x", "hello"], 1.0),
+        ("", [""], 1.0),
+        ("", ["x"], 0.0),
     ],
 )
 def test_anls(answer: str, references: list[str], score: float) -> None:

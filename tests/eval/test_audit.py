@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm.conversation import ImageSlot, Turn
 from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import contamination, tasks
 from vlm.eval.audit import PROTOCOLS, audit
 from vlm.eval.main import main
-from vlm.eval.predictions import export
+from vlm.eval.predictions import AnswerFile, Prediction, export
+from vlm.eval.session import show
 from vlm.images import Picture
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -85,6 +88,50 @@ def test_audit_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(out.read_text(encoding="utf-8"))["n"] == 12
 
 
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
+def test_a_run_is_audited_by_its_own_files(name: str, tmp_path: Path) -> None:
+    """Without task and data, and to the same scores as with them."""
+    task = tasks.get(name)
+    examples = task.examples(FIXTURES / name)
+    answers = [f"the {e.answers[0]}" if n % 2 else e.answers[0] for n, e in enumerate(examples)]
+    data, results, out = FIXTURES / name, tmp_path / "p.json", tmp_path / "r.json"
+    results.write_text(json.dumps(export(task, examples, answers)), encoding="utf-8")
+    anyone = ["--data", str(data), "--predictions", str(results)]
+    assert main(["score", name, *anyone, "--out", str(out), "--no-html"]) == 0
+    said = AnswerFile(tmp_path / "r.answers.blank.jsonl", {"task": name})
+    said.load()
+    said.append(Prediction(e.id, "red", -1.0, 2, "stop") for e in examples)
+    found = {}
+    for label, arguments in {
+        "named": [name, *anyone],
+        "report": [str(out)],
+        "items": [str(tmp_path / "r.items.jsonl")],
+        "blank": [str(tmp_path / "r.answers.blank.jsonl")],
+    }.items():
+        assert main(["audit", *arguments, "--out", str(tmp_path / "audit.json")]) == 0
+        found[label] = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert found["named"] == found["report"] == found["items"]
+    assert found["blank"]["scores"] == pytest.approx(audit(examples, ["red"] * 12)["scores"])
+    assert found["blank"]["scores"] != found["named"]["scores"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.json", '[{"question_id": 1, "answer": "a"}]', "no report of vlm eval.*audit TASK --data DIR"),
+        ("r.answers.jsonl", "{}", r"r\.json is missing; .*audit TASK --data DIR"),
+        ("vqav2", None, "vqav2 is missing; .*--predictions FILE"),
+    ],
+)
+def test_answers_without_a_report_want_their_task(
+    name: str, text: str | None, message: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        main(["audit", str(tmp_path / name)])
+
+
 def test_captions_are_not_audited(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="flickr30k has captions"):
         main(["audit", "flickr30k", "--data", str(FIXTURES / "flickr30k"), "--predictions", str(tmp_path)])
@@ -108,6 +155,35 @@ def draw(path: Path, corner: int, **save: Any) -> Path:
     pixels.paste((200, corner, 40), (corner % 64, corner // 4, 96, 64))
     pixels.save(path, **save)
     return path
+
+
+def test_contamination_looks_at_every_picture_of_an_item(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    clean, leaked, third = (draw(tmp_path / f"{n}.png", n) for n in (120, 10, 60))
+    draw(train / "a.jpg", 10, quality=70)
+    pair = replace(
+        make_example(clean, "same?", ["x"], "1"),
+        images=(clean, leaked),
+        turns=(Turn("user", (ImageSlot(0), ImageSlot(1), "same?")),),
+    )
+    examples = [pair, make_example(third, "what?", ["y"], "2")]
+    session = SimpleNamespace(
+        examples=examples, model=Eyes(), task=tasks.get("folder-vqa"), train=lambda: examples
+    )
+    found = contamination.overlap(session, train, ["x", "y"])  # type: ignore[arg-type]
+    assert (found["pictures"], found["examples"], found["without"]["n"]) == (1, 1, 1)
+    assert contamination.lines(found, "exact_match") == [
+        "1 pictures of 1 examples are among 1 training pictures",
+        "exact_match of the 1 other examples: 100.00 (95 % 100.00 to 100.00)",
+        "100.0 % of the questions are asked in training, word for word",
+    ]
+    block = {"task": "t", "split": "s", "n": 2, "comparable": True, "metrics": {}, "intervals": {}}
+    block |= {"main_metric": "exact_match", "controls": {}, "skipped": {}, "rates": {}}
+    show(block | {"contamination": found}, tmp_path)
+    assert "  exact_match of the 1 other examples: 100.00" in capsys.readouterr().out
 
 
 def test_contamination_counts_look_alikes_and_scores_without_them(tmp_path: Path) -> None:

@@ -62,6 +62,23 @@ def test_everything_is_inside_and_escaped(tmp_path: Path) -> None:
     assert "somebody &lt;2020&gt;" in page
     assert "not comparable" in page
     assert "the task has no training split" in page
+    assert "Seen in training" not in page
+
+
+def test_what_was_seen_in_training_stands_on_the_page(tmp_path: Path) -> None:
+    seen = {
+        "training_pictures": 9,
+        "pictures": 2,
+        "examples": 14,
+        "pairs": [["a<b.png", "t.png"]],
+        "without": None,
+        "questions_seen": None,
+    }
+    page = render(REPORT | {"contamination": seen}, items(tmp_path))
+    assert "<h2>Seen in training</h2>" in page
+    assert "2 pictures of 14 examples are among 9 training pictures" in page
+    assert "no other example is left to score" in page
+    assert "a&lt;b.png" in page
 
 
 def test_in_a_browser(tmp_path: Path) -> None:

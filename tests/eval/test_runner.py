@@ -8,11 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlm.conversation import Conversation
 from vlm.data.convert.common import make_example
@@ -67,6 +69,28 @@ def test_continues_without_asking_again(tmp_path: Path) -> None:
     assert idle.asked == []
 
 
+def test_another_number_of_processes_continues(tmp_path: Path) -> None:
+    path, todo = tmp_path / "a.jsonl", work(11)
+    whole = run(PARROT.Parrot(), todo, tmp_path / "whole.jsonl")
+    for part, numbers in (("0of2", (0, 2, 4)), ("1of2", (1,)), ("2of3", (2, 5))):
+        file = AnswerFile(tmp_path / f"a.{part}.jsonl", todo.header)
+        file.load()
+        file.append(whole[number] for number in numbers)
+    with (tmp_path / "a.1of2.jsonl").open("a", encoding="utf-8") as cut:
+        cut.write('{"id": "item')
+    again = PARROT.Parrot()
+    assert run(again, todo, path) == whole
+    assert len(again.asked) == 6
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "whole.jsonl"]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_parts_of_another_run_are_not_continued(tmp_path: Path) -> None:
+    AnswerFile(tmp_path / "a.1of2.jsonl", {"seed": 1}).load()
+    with pytest.raises(ConfigError, match=r"a\.1of2\.jsonl holds the answers of another run"):
+        run(PARROT.Parrot(), work(seed=2), tmp_path / "a.jsonl")
+
+
 def test_another_run_is_not_continued(tmp_path: Path) -> None:
     run(PARROT.Parrot(), work(seed=1), tmp_path / "a.jsonl")
     with pytest.raises(ConfigError, match=r"seed was 1, is 2.*--restart"):
@@ -105,8 +129,8 @@ def test_predicted_time_after_a_minute(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert said == ["test: 8/20, 0.1 items/s, 1.5 minutes to go"]
 
 
-def parrot_run(out: Path, die_after: int, batch: int, **env: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(HERE / "parrot.py"), str(out), str(die_after), str(batch)]
+def parrot_run(out: Path, die_after: int, batch: int, *extra: str, **env: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(HERE / "parrot.py"), str(out), str(die_after), str(batch), *extra]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)
 
 
@@ -135,11 +159,15 @@ def test_two_processes_and_batches_give_the_same_report(tmp_path: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    both = [
-        parrot_run(tmp_path / "two.json", 0, 1, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank in (0, 1)
-    ]
+    for name in ("answers", "answers.blank.2of3"):  # another run's, which --restart drops
+        AnswerFile(tmp_path / f"two.{name}.jsonl", {"task": "another"}).load()
+    both = []
+    for rank in (0, 1):
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
+        both.append(parrot_run(tmp_path / "two.json", 0, 1, "--restart", **numbers))
+        time.sleep(1)  # the second process begins late; it must not drop what the first has written
     assert [each.wait(timeout=120) for each in both] == [0, 0]
+    assert not list(tmp_path.glob("two.*of*.jsonl"))
     assert report(tmp_path / "two.json") == report(tmp_path / "one.json")
 
 
@@ -197,7 +225,7 @@ def options(*extra: str) -> Any:
 def evaluated(tmp_path: Path, *extra: str, task: str = "vqav2", data: str = "vqav2") -> dict[str, Any]:
     args = _parser().parse_args([task, "--data", str(HERE / "fixtures" / data), *extra])
     chosen = tasks.get(task)
-    examples = session.limited(chosen.examples(args.data, args.split), args.limit)
+    examples = chosen.examples(args.data, args.split)
     return session.Session(chosen, args, PARROT.Parrot(), tmp_path / "r.json", examples).evaluate()
 
 
@@ -216,7 +244,7 @@ def test_report_has_controls_and_text_only(tmp_path: Path) -> None:
         100 * sum(row["text"] == "" for row in _answers(tmp_path)) / 12
     )
     assert block["comparable"] is True
-    assert set(block["hashes"]) == {"adapter", "data", "prompt", "scorer"}
+    assert set(block["hashes"]) == {"adapter", "data", "pictures", "prompt", "scorer"}
 
 
 def _answers(tmp_path: Path) -> list[dict[str, Any]]:
@@ -318,6 +346,41 @@ def test_a_limited_run_is_marked(tmp_path: Path) -> None:
     assert (block["n"], block["comparable"], block["controls"], block["text_only"]) == (5, False, {}, None)
 
 
+@pytest.mark.parametrize("limit", [12, 13])
+def test_a_limit_that_leaves_nothing_out_is_no_limit(tmp_path: Path, limit: int) -> None:
+    block = evaluated(tmp_path, "--limit", str(limit), "--controls", "none")
+    assert (block["n"], block["comparable"], block["limit"]) == (12, True, None)
+
+
+def colours(folder: Path, *shades: int) -> Path:
+    """Questions about two pictures, answered by a training part that has one of its own."""
+    for name, shade in zip(("train/t", "test/a", "test/b"), shades, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(folder / f"{name}.png")
+    for split, names in (("train", "t"), ("test", "ab")):
+        rows = [{"file_name": f"{n}.png", "question": f"{n}?", "answer": "red"} for n in names]
+        text = "\n".join(map(json.dumps, rows))
+        (folder / split / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("shots", ["0", "1"])
+def test_other_pictures_under_the_same_names_are_asked_about_again(tmp_path: Path, shots: str) -> None:
+    def go(*shades: int) -> dict[str, Any]:
+        folder = str(colours(tmp_path / "data", *shades))
+        return evaluated(tmp_path, "--shots", shots, "--controls", "none", task="folder-vqa", data=folder)
+
+    first = go(1, 2, 3)
+    assert go(1, 2, 3) == first
+    with pytest.raises(ConfigError, match=r"another run \(hashes\.pictures was .*--restart"):
+        go(1, 2, 4)
+    if shots == "0":
+        assert go(9, 2, 3) == first
+    else:
+        with pytest.raises(ConfigError, match=r"another run \(shots was "):
+            go(9, 2, 3)
+
+
 def test_choices_by_likelihood_and_by_letter(tmp_path: Path) -> None:
     block = evaluated(tmp_path, "--split", "dev", "--controls", "none", task="aokvqa-choice", data="aokvqa")
     # Parrot finds short answers likelier; the shortest choice is right three times.
@@ -328,31 +391,3 @@ def test_choices_by_likelihood_and_by_letter(tmp_path: Path) -> None:
     assert asked["prompt"].endswith(prompts.LETTER_LINE)
     assert block["rates"]["unparsed"] == 0.0
     assert 50.0 < asked["rates"]["unparsed"] <= 100.0  # the parrot says "red" or "2", seldom a choice
-
-
-def shot_session(**changes: Any) -> Any:
-    args = SimpleNamespace(shots=2, shot_labels="true", shot_choice="random", **changes)
-    return SimpleNamespace(args=args, examples=[make_example("q.jpg", "What?", ["x"], "id1")])
-
-
-def test_shots_stand_before_the_question_and_depend_on_the_id_alone() -> None:
-    train = [make_example(f"{n}.jpg", f"t{n}?", [f"a{n}"], str(n)) for n in range(9)]
-    last = [Conversation.ask([Path("q.jpg")], "What?")]
-    found = prompts.with_shots(shot_session(), last, train)[0]
-    assert [turn.role for turn in found.turns] == ["user", "assistant"] * 2 + ["user"]
-    assert len(found.images) == 3
-    assert found.turns[-1].text == "What?"
-    assert found.turns[0].text.strip("t?") == found.turns[1].text.strip("a")
-    assert prompts.with_shots(shot_session(), last, train)[0] == found
-    with pytest.raises(ConfigError, match="wants 2 training examples, there are 1"):
-        prompts.with_shots(shot_session(), last, train[:1])
-
-
-def test_random_labels_come_from_other_examples() -> None:
-    train = [make_example(f"{n}.jpg", f"t{n}?", [f"a{n}"], str(n)) for n in range(50)]
-    session_ = shot_session()
-    session_.args.shot_labels = "random"
-    found = prompts.with_shots(session_, [Conversation.ask([Path("q.jpg")], "What?")], train)[0]
-    assert [turn.text.strip("t?") for turn in found.turns[:4:2]] != [
-        turn.text.strip("a") for turn in found.turns[1:4:2]
-    ]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import tasks
 from vlm.eval.main import main
-from vlm.eval.predictions import export, read_predictions
+from vlm.eval.predictions import export, read_predictions, write_submission
 from vlm.eval.prompts import with_options
 from vlm.eval.task import Task
 
@@ -27,12 +28,12 @@ CASES = [
     ("textvqa", "textvqa", "dev", 12, None, 100.0, "accuracy_strict"),
     ("vizwiz", "vizwiz", "dev", 12, None, 100.0, "accuracy_strict"),
     ("gqa", "gqa", "testdev", 12, 100 / 9, 100.0, "accuracy"),
-    ("vqa-rad", "vqa-rad", "test", 8, 100 / 6, 100.0, "exact_match"),
-    ("scienceqa-img", "scienceqa-img", "test", 10, 39.5, 100.0, "accuracy"),
+    ("vqa-rad", "vqa-rad", "test", 12, 100 / 9, 100.0, "exact_match"),
+    ("scienceqa-img", "scienceqa-img", "test", 12, 39.8611, 100.0, "accuracy"),
     ("pope", "pope", "random", 12, 50.0, 100.0, "accuracy"),
     ("pope", "pope", "popular", 12, 50.0, 100.0, "accuracy"),
     ("pope", "pope", "adversarial", 12, 50.0, 100.0, "accuracy"),
-    ("nlvr", "nlvr", "dev", 12, 50.0, 100.0, "accuracy"),
+    ("nlvr", "nlvr", "dev", 24, 50.0, 100.0, "accuracy"),
     ("coco-captions", "coco-captions", "test", 11, None, None, "cider"),
     ("coco-captions", "coco-captions", "dev", 1, None, None, "cider"),
     ("flickr30k", "flickr30k", "test", 11, None, None, "cider"),
@@ -40,6 +41,11 @@ CASES = [
     ("daquar", "daquar", "test", 12, 100 / 12, 100.0, "accuracy_single"),
     ("daquar-reduced", "daquar", "test", 12, 100 / 11, 100.0, "accuracy_single"),
     ("daquar-random", "daquar", "test", 12, 100 / 12, 100.0, "accuracy_single"),
+    ("flickr8k", "flickr8k", "dev", 12, None, None, "cider"),
+    ("flickr8k-pope", "flickr8k", "dev", 156, 50.0, 100.0, "accuracy"),
+    ("flickr8k-yesno", "flickr8k", "dev", 48, 50.0, 100.0, "exact_match"),
+    ("flickr8k-questions", "flickr8k", "dev", 99, 100 / 32, 100.0, "exact_match"),
+    ("easy-vqa", "easy-vqa", "test", 12, 12.5, 100.0, "exact_match"),
     ("folder-vqa", "folder", "all", 3, None, 100.0, "exact_match"),
     ("folder-caption", "folder", "all", 2, None, None, "cider"),
 ]
@@ -68,7 +74,7 @@ def test_reads_and_scores(
     assert all(Path(image).is_file() for example in examples for image in example.images)
     right = task.scores(examples, [example.answers[0] for example in examples], java=False)
     wrong = task.scores(examples, ["zzz"] * count, java=False)
-    assert right.main == main_metric
+    assert right.main == main_metric == task.main
     if first is not None:
         assert right.metrics[main_metric] == pytest.approx(first, abs=0.1)
     assert right.metrics[main_metric] > wrong.metrics[main_metric] or count == 1
@@ -108,15 +114,21 @@ def test_prompts_have_not_drifted() -> None:
 def test_official_results_format_comes_back(name: str, folder: str, split: str, tmp_path: Path) -> None:
     task, examples = load(name, folder, split)
     answers = [f"{number} {example.answers[0]}" for number, example in enumerate(examples)]
-    path = tmp_path / "results.json"
+    if name == "nlvr":  # its format has no other words than true and false
+        answers = [example.answers[0] for example in examples]
     exported = export(task, examples, answers)
     if isinstance(exported, list):
         exported.reverse()
-    path.write_text(json.dumps(exported), encoding="utf-8")
+    path = tmp_path / ("results.csv" if isinstance(exported, str) else "results.json")
+    write_submission(path, exported)
     if name == "scienceqa-img":
         assert exported == {
             "results": {e.id: json.loads(e.meta["options"]).index(e.answers[0]) for e in examples}
         }
+    elif name == "nlvr":
+        words = {"yes": "true", "no": "false"}
+        assert path.read_text(encoding="utf-8").startswith("dev-100-0-0.png,false\n")
+        assert read_predictions(path, task, examples) == [words[answer] for answer in answers]
     else:
         assert read_predictions(path, task, examples) == answers
 
@@ -187,6 +199,38 @@ def test_unknown_answer_type(tmp_path: Path) -> None:
         tasks.get("vqav2").examples(root)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "single", "every"),
+    [
+        ("tape_dispenser", "tape dispenser", 100.0, 100.0),
+        ("Tape_Dispenser, tape dispenser.", "tape dispenser", 100.0, 100.0),
+        ("chair, chair", "chair", 100.0, 100.0),
+        ("cup, tape_dispenser", "tape dispenser, cup", None, 100.0),
+        ("cup", "tape dispenser, cup", None, 0.0),
+        ("cup, chair", "cup", 0.0, 0.0),
+    ],
+)
+def test_daquar_compares_sets_of_words(
+    answer: str, reference: str, single: float | None, every: float
+) -> None:
+    count = reference.count(",") + 1
+    example = make_example("a.png", "what is it?", [reference], "1", {"answer_count": str(count)})
+    found = tasks.get("daquar").scores([example], [answer])
+    assert (found.metrics.get("accuracy_single"), found.metrics["accuracy_all"]) == (single, every)
+
+
+def test_nlvr_counts_drawings_and_whole_sentences() -> None:
+    task, examples = load("nlvr", "nlvr", "dev")
+    answers = ["True" if example.answers[0] == "yes" else "False." for example in examples]
+    answers[3] = "perhaps"  # one drawing of the first of three sentences, which has two structures
+    scores = task.scores(examples, answers)
+    assert scores.metrics["accuracy"] == pytest.approx(100 * 23 / 24)
+    assert scores.metrics["consistency"] == pytest.approx(100 * 2 / 3)
+    assert task.unparsed is not None
+    assert [task.unparsed(*pair) for pair in zip(answers, examples, strict=True)].count(True) == 1
+    assert export(task, examples, answers).splitlines()[3] == "dev-100-0-3.png,"
+
+
 def test_the_reduced_set_has_files_of_its_own(tmp_path: Path) -> None:
     name = "qa.37.raw.reduced.test.txt"
     root = broken(tmp_path, "daquar", {name: None})
@@ -232,12 +276,12 @@ def test_other_formats_of_answers(tmp_path: Path) -> None:
     wrapped = tmp_path / "wrapped.json"
     wrapped.write_text(json.dumps({"results": {e.id: 1 for e in examples}}), encoding="utf-8")
     answers = read_predictions(wrapped, task, examples)
-    assert task.scores(examples, answers).metrics["accuracy"] == pytest.approx(30.0)
+    assert task.scores(examples, answers).metrics["accuracy"] == pytest.approx(100 / 3)
     lines = tmp_path / "lines.txt"
-    lines.write_text("\n".join(["x"] * 10) + "\n", encoding="utf-8")
-    assert read_predictions(lines, task, examples) == ["x"] * 10
+    lines.write_text("\n".join(["x"] * 12) + "\n", encoding="utf-8")
+    assert read_predictions(lines, task, examples) == ["x"] * 12
     lines.write_text("x\n", encoding="utf-8")
-    with pytest.raises(DataError, match="1 lines for 10 examples"):
+    with pytest.raises(DataError, match="1 lines for 12 examples"):
         read_predictions(lines, task, examples)
 
 
@@ -282,11 +326,28 @@ def test_unknown_task_and_split_name_the_nearest() -> None:
         tasks.get("vqav2").examples(None)
 
 
+@pytest.mark.parametrize("name", ["val", "VAL", "valid", "Validation", "val2014", "val_2017", "dev", " Dev"])
+def test_split_names(name: str) -> None:
+    task = tasks.get("vqav2")
+    assert task.canonical(name) == "dev"
+    assert len(task.examples(FIXTURES / "vqav2", name)) == 12
+    assert task.canonical("train2014") == task.canonical("Training") == "train"
+
+
+@pytest.mark.parametrize("name", ["val", "val2014", "testdev", "x"])
+def test_an_unknown_split_is_called_what_was_typed(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"okvqa has no split '{name}'; it has train, test$"):
+        tasks.get("okvqa").examples(FIXTURES / "okvqa", name)
+
+
 def test_list_shows_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     shown = capsys.readouterr().out
     for name in tasks.TASKS:
         assert name in shown
+        assert tasks.get(name).main in shown
+    for chance in ("50", "100 / own choices", "100 / all answers"):
+        assert f" {chance} " in shown
     assert "Tanti et al. 2018" in shown
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from vlm.errors import VLMError
+from vlm.checkpoint import load_model
+from vlm.errors import ConfigError, VLMError
 from vlm.train.config import FastConfig, OptimConfig, SourceConfig
 from vlm.train.fast import Int8Linear
 from vlm.train.loop import BAD_STEPS, TrainingError
-from vlm.train.run import make_model
+from vlm.train.run import make_model, train
 from vlm.weights_cache import frozen_hash
 
 
@@ -244,3 +245,14 @@ def test_dropout_of_a_recipe_replaces_that_of_the_start(
         shares = {part.dropout for part in model.adapter.modules() if hasattr(part, "dropout")}
         assert shares == {expected}
         assert getattr(model.config, adapter).dropout == expected
+
+
+def test_an_adapter_learns_from_pictures_of_another_size(
+    recipe: Callable[..., Any], begin: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = recipe(start=str(begin()), size=96, steps=1)
+    train(config, offline=True)
+    saved = load_model(config.out, offline=True)
+    assert (saved.config.vision.size, saved.encoder.tokens) == (96, 9)
+    with pytest.raises(ConfigError, match=r"model\.vision\.size"):
+        recipe(size=96)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlm.adapters.positions import at_grid
 from vlm.checkpoint import load_model, save_adapter
 from vlm.cli import main
 from vlm.errors import WeightsError
 from vlm.model import VLM
-from vlm.weights_resize import at_grid, resize
+from vlm.weights_resize import resize
 
 
 @pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
@@ -29,6 +30,12 @@ def test_an_adapter_reads_larger_pictures(
     assert main(["weights", "resize", str(tmp_path / "b"), str(tmp_path / "a"), "128"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "b")
     larger = load_model(tmp_path / "b", offline=True)
+    at_once = load_model(tmp_path / "a", offline=True, size=128)
+    assert at_once.config == larger.config
+    assert all(
+        torch.equal(at_once.adapter.state_dict()[name], value)
+        for name, value in larger.adapter.state_dict().items()
+    )
     assert (model.config.vision.size, model.encoder.tokens) == (64, 4)
     assert (larger.config.vision.size, larger.encoder.tokens) == (128, 16)
     assert larger.abstain is None
