@@ -147,7 +147,8 @@ def metadata_file(folder: Path) -> Path | None:
     Raises:
         DataError: there are two.
     """
-    found = sorted(path for path in folder.iterdir() if path.name.lower() in METADATA and path.is_file())
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in inside if path.name.lower() in METADATA and path.is_file()]
     if len(found) > 1:
         raise DataError(f"{folder} has both {found[0].name} and {found[1].name}: remove one")
     return found[0] if found else None
