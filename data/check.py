@@ -20,6 +20,7 @@ from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, Reading, dev_is_from_train, read_source
 from vlm.data.rows import BadRow
 from vlm.data.splits import image_key
+from vlm.data.text import all_spoken
 from vlm.errors import DataError
 from vlm.images import ImageError, open_picture
 
@@ -58,6 +59,29 @@ class PartReport:
     def causes(self) -> Counter[str]:
         """Unusable rows by cause."""
         return Counter(row.cause for row in self.bad)
+
+    def lines(self) -> list[str]:
+        """What the usable rows hold, in lines for people: answers, words, pictures that look alike."""
+        lines = []
+        if self.answer_words:
+            total = sum(self.answer_words.values())
+            once = sum(count == 1 for count in self.vocabulary.values())
+            mean = sum(words * count for words, count in self.answer_words.items()) / total
+            lines.append(
+                f"  answers: {total}, {mean:.1f} words on average, {max(self.answer_words)} at most; "
+                f"vocabulary {len(self.vocabulary)} words, {once} of them once"
+            )
+        if self.answers:
+            common = ", ".join(f"{answer} ({count})" for answer, count in self.answers.most_common(5))
+            lines.append(f"  commonest answers: {common}")
+        if len(self.answers) == 1 < self.answers.total():
+            lines.append("  WARNING: every question has the same answer: a model learns to say nothing else")
+        if self.duplicates:
+            lines.append(f"  {len(self.duplicates)} groups of pictures look alike, for example:")
+            lines += ["    " + " = ".join(group[:4]) for group in self.duplicates[:3]]
+        if self.repeated:
+            lines.append(f"  {len(self.repeated)} examples repeat an earlier picture and question")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """The report for programs."""
@@ -160,13 +184,20 @@ def check_reading(
 ) -> tuple[PartReport, list[Print]]:
     """Check one part: decode, count, look for duplicates."""
     report = PartReport(name, bad=list(reading.bad))
-    usable, prints = _decode(reading, report, progress)
-    report.examples = len(usable)
+    decoded, prints = _decode(reading, report, progress)
+    usable, silent = all_spoken(decoded)
+    report.bad += silent
+    report.samples = usable[:3]
+    count(usable, prints, report)
+    return report, prints
+
+
+def count(examples: Sequence[Example], prints: Sequence[Print], report: PartReport) -> None:
+    """Puts what usable examples and the prints of their pictures tell into a report."""
+    report.examples = len(examples)
     report.pictures = len(prints)
     report.duplicates = [[item.name for item in group] for group in duplicate_groups(prints)]
-    report.samples = usable[:3]
-    _count_words(usable, report)
-    return report, prints
+    _count_words(examples, report)
 
 
 def parts_of(source: str | Path) -> list[tuple[str, Reading]]:

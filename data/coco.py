@@ -9,6 +9,7 @@ dataset_*.json       {"images": [{"filename", "filepath", "split", "sentences": 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 from vlm.config import CAPTION_PROMPT
 from vlm.data.convert.common import make_example, read_text
 from vlm.data.example import Example
-from vlm.data.rows import BadRow, as_text, load_json
+from vlm.data.rows import BadRow, as_text, existing, load_json
 from vlm.errors import DataError
 
+_PART = re.compile(r"images|(?:train|val|trainval|test|test-dev|unlabeled)(?:20\d\d)?(?:[-_]images)?")
+"""Folders of pictures beside a folder of annotations."""
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 
 
@@ -30,7 +33,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return load_json(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
@@ -52,26 +55,35 @@ def kind_of(table: Any) -> str | None:
 
 
 class Pictures:
-    """Finds a picture by name beside the JSON file: its own folder, `images/`, `train2014/`, one level up."""
+    """Finds a picture by name: in the JSON file's `images/`, its folder and the folders in that; then one
+    level up, where COCO's pictures lie beside its `annotations/`: there in `images/`, in folders that are
+    called after a part (`val2014`), and in the folder itself, never in another set's folder."""
 
     def __init__(self, base: Path) -> None:
-        parents = [base, base.parent]
-        below = [child for parent in parents if parent.is_dir() for child in sorted(parent.iterdir())]
-        self.folders = [*parents, *(folder for folder in below if folder.is_dir())]
+        own = [folder for folder in sorted(base.iterdir()) if folder.is_dir()]
+        above = [f for f in sorted(base.parent.iterdir()) if _PART.fullmatch(f.name.lower()) and f.is_dir()]
+        own.sort(key=lambda folder: folder.name.lower() != "images")
+        first = own[:1] if own and own[0].name.lower() == "images" else []
+        self.folders = [*first, base, *own[len(first) :], *above, base.parent]
 
     def find(self, name: str) -> Path | None:
         """The first file of that name, or None."""
-        tried = (folder / name for folder in self.folders)
-        return next((path for path in tried if path.is_file()), None)
+        return next((path for folder in self.folders if (path := existing(folder, name))), None)
 
 
 def read_captions(table: dict[str, Any], path: Path) -> Iterator[Example | BadRow]:
     """One example per picture, with all its captions."""
     pictures = Pictures(path.parent)
     texts: dict[str, list[str]] = {}
-    for note in table["annotations"]:
+    for number, note in enumerate(table["annotations"]):
+        if not isinstance(note, dict):
+            yield BadRow(f"{path.name} annotation {number}", "not a JSON object", str(note)[:60])
+            continue
         texts.setdefault(as_text(note.get("image_id")), []).append(as_text(note.get("caption")).strip())
-    for entry in table["images"]:
+    for number, entry in enumerate(table["images"]):
+        if not isinstance(entry, dict):
+            yield BadRow(f"{path.name} image entry {number}", "not a JSON object", str(entry)[:60])
+            continue
         id, name = as_text(entry.get("id")), as_text(entry.get("file_name"))
         found = pictures.find(name)
         captions = [text for text in texts.pop(id, []) if text]
@@ -100,10 +112,20 @@ def _annotations_beside(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
             continue
         table = read_json(other)
         if kind_of(table) == "annotations":
-            notes = {as_text(note.get("question_id")): note for note in table["annotations"]}
+            dicts = [note for note in table["annotations"] if isinstance(note, dict)]
+            notes = {as_text(note.get("question_id")): note for note in dicts}
             if not ids.isdisjoint(notes):
                 return notes
     raise DataError(f"no annotations file with answers to {path.name} lies beside it")
+
+
+def _answers(note: dict[str, Any]) -> list[str]:
+    """Every annotator's answer; the one that was chosen of them, where only that is there."""
+    several = note.get("answers")
+    given = several if isinstance(several, list) else []
+    found = [as_text(item.get("answer") if isinstance(item, dict) else item).strip() for item in given]
+    chosen = as_text(note.get("multiple_choice_answer")).strip()
+    return found if any(found) or not chosen else [chosen]
 
 
 def read_questions(table: dict[str, Any], path: Path) -> Iterator[Example | BadRow]:
@@ -116,16 +138,19 @@ def read_questions(table: dict[str, Any], path: Path) -> Iterator[Example | BadR
     questions = [entry for entry in table["questions"] if isinstance(entry, dict)]
     notes = _annotations_beside(path, {as_text(entry.get("question_id")) for entry in questions})
     subtype = as_text(table.get("data_subtype"))
-    for entry in questions:
+    for number, entry in enumerate(table["questions"]):
+        if not isinstance(entry, dict):
+            yield BadRow(f"{path.name} entry {number}", "not a JSON object", str(entry)[:60])
+            continue
         id = as_text(entry.get("question_id"))
         place = f"{path.name} question {id}"
         note = notes.get(id, {})
-        answers = [
-            as_text(a.get("answer") if isinstance(a, dict) else a).strip() for a in note.get("answers", [])
-        ]
+        answers = _answers(note)
         found = _vqa_picture(entry, subtype, pictures)
         if found is None:
             yield BadRow(place, "picture missing", as_text(entry.get("image_id")))
+        elif not as_text(entry.get("question")).strip():
+            yield BadRow(place, "empty question")
         elif not any(answers):
             yield BadRow(place, "empty answer", as_text(entry.get("question"))[:60])
         else:
@@ -140,12 +165,17 @@ def read_karpathy(table: dict[str, Any], path: Path, split: str) -> Iterator[Exa
     """One example per picture of a split, with all its captions."""
     pictures = Pictures(path.parent)
     for number, entry in enumerate(table["images"]):
+        if not isinstance(entry, dict):
+            yield BadRow(f"{path.name}[{number}]", "not a JSON object", str(entry)[:60])
+            continue
         if KARPATHY_SPLITS.get(as_text(entry.get("split"))) != split:
             continue
         name = as_text(entry.get("filename"))
         folder = as_text(entry.get("filepath"))
         found = pictures.find(f"{folder}/{name}" if folder else name) or pictures.find(name)
-        captions = [as_text(s.get("raw")).strip() for s in entry.get("sentences", []) if isinstance(s, dict)]
+        captions = [
+            as_text(s.get("raw")).strip() for s in entry.get("sentences") or [] if isinstance(s, dict)
+        ]
         if found is None:
             yield BadRow(f"{path.name}[{number}]", "picture missing", name)
         elif not any(captions):

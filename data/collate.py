@@ -35,6 +35,7 @@ class Source:
         weight: weight of this source's tokens in the loss.
         bad: rows that could not be used.
         unused: sound rows that say nothing to learn (an opinion that makes no pair).
+        passed_by: sound rows of pictures that the recipe leaves out.
     """
 
     examples: Sequence[Example]
@@ -42,6 +43,7 @@ class Source:
     weight: float = 1.0
     bad: Sequence[BadRow] = ()
     unused: int = 0
+    passed_by: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ so a reader's share changes from lap to lap, and in each the shares together are
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vlm.data.example import Example
-from vlm.data.mixture import rng_of
-from vlm.data.readers import shards_in
+from vlm.data.readers import TARS, shards_in
 from vlm.data.rows import BadRow
 from vlm.data.shards import Part, Shard, expand, parts_of
 from vlm.data.splits import canonical_split
@@ -21,7 +21,13 @@ from vlm.data.streams import file_rows, guarded, hub_name, hub_part
 from vlm.data.tables import to_examples
 from vlm.errors import DataError
 
-KINDS = {".tar": "webdataset", ".parquet": "parquet"}
+KINDS = dict.fromkeys(TARS, "webdataset") | {".parquet": "parquet"}
+
+
+def _chance(*key: object) -> random.Random:
+    """A generator that is a function of the key, the same on every machine: states count on its order."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +62,7 @@ class Laps:
     def share(self, lap: int) -> list[Part]:
         """What this reader reads in a lap."""
         order = list(range(len(self.files)))
-        rng_of("shards", self.seed, lap).shuffle(order)
+        _chance("shards", self.seed, lap).shuffle(order)
         return parts_of(order, self.shard)
 
     def rows(self, place: Place = Place()) -> Iterator[Row]:
@@ -108,7 +114,7 @@ def find_laps(source: str, split: str = "train", shard: Shard = (0, 1), seed: in
 
 def _shard_files(source: str, split: str) -> tuple[str, list[str]]:
     path = Path(source).expanduser()
-    kind = KINDS.get(PurePosixPath(source).suffix.lower(), "")
+    kind = next((kind for suffix, kind in KINDS.items() if source.lower().endswith(suffix)), "")
     if path.is_dir():
         found = shards_in(path, split)
         if found is not None:

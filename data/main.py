@@ -57,23 +57,7 @@ def _part_lines(part: PartReport) -> list[str]:
     if part.sizes:
         common = ", ".join(f"{size} ({count})" for size, count in part.sizes.most_common(3))
         lines.append(f"  sizes: {common}" + (", ..." if len(part.sizes) > 3 else ""))
-    if part.answer_words:
-        total = sum(part.answer_words.values())
-        once = sum(count == 1 for count in part.vocabulary.values())
-        mean = sum(words * count for words, count in part.answer_words.items()) / total
-        lines.append(
-            f"  answers: {total}, {mean:.1f} words on average, {max(part.answer_words)} at most; "
-            f"vocabulary {len(part.vocabulary)} words, {once} of them once"
-        )
-    if part.answers:
-        common = ", ".join(f"{answer} ({count})" for answer, count in part.answers.most_common(5))
-        lines.append(f"  commonest answers: {common}")
-    if part.duplicates:
-        lines.append(f"  {len(part.duplicates)} groups of pictures look alike, for example:")
-        lines += ["    " + " = ".join(group[:4]) for group in part.duplicates[:3]]
-    if part.repeated:
-        lines.append(f"  {len(part.repeated)} examples repeat an earlier picture and question")
-    return lines
+    return lines + part.lines()
 
 
 def _print_report(report: CheckReport) -> None:

@@ -40,6 +40,8 @@ PART_FOLDERS = {
     "dev": ("dev", "validation", "val", "valid"),
     "test": ("test",),
 }
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+TARS = (".tar", ".tar.gz", ".tgz")
 BAD_SHARE = 0.01
 SHOWN = 5
 
@@ -53,6 +55,8 @@ class Reading:
     bad: list[BadRow] = field(default_factory=list)
     has_part: bool = True
     """Whether the source itself says which rows are its train, dev and test parts."""
+    passed_by: int = 0
+    """Usable rows that are left out on purpose."""
 
     @property
     def causes(self) -> Counter[str]:
@@ -62,7 +66,7 @@ class Reading:
     @property
     def bad_share(self) -> float:
         """The unusable share of the rows, 0 to 1."""
-        total = len(self.examples) + len(self.bad)
+        total = len(self.examples) + len(self.bad) + self.passed_by
         return len(self.bad) / total if total else 0.0
 
     def summary(self) -> str:
@@ -79,7 +83,7 @@ class Reading:
         if self.bad_share > BAD_SHARE:
             raise DataError(f"{self.summary()} (at most {BAD_SHARE:.0%} may be; see `vlm data check`)")
         if not self.examples:
-            raise DataError(f"{self.source} holds no example")
+            raise DataError(f"{self.source} holds no example: no row was found in it")
 
     def checked(self) -> list[Example]:
         """The examples, after a warning that names what was left out.
@@ -139,7 +143,7 @@ def _file(path: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadR
         return _json_file(path, split)
     if suffix == ".parquet":
         return read_parquet([path], shard), False
-    if suffix == ".tar":
+    if path.name.lower().endswith(TARS):
         return read_webdataset([path], shard), False
     raise DataError(f"{path.name}: a folder, .csv, .tsv, .jsonl, .json, .parquet or .tar is expected")
 
@@ -158,13 +162,35 @@ def _part_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
     return named[part], True
 
 
+def _ending(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name.lower().endswith(suffixes))
+
+
 def shards_in(folder: Path, split: str) -> tuple[str, list[Path], bool] | None:
     """(kind, files, whether they are named after the split) of a folder of shards; None where it has none."""
-    for suffix, kind in ((".parquet", "parquet"), (".tar", "webdataset")):
-        files = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
+    for suffixes, kind in (((".parquet",), "parquet"), (TARS, "webdataset")):
+        files = _ending(folder, suffixes) or _ending(folder / "data", suffixes)
         if files:
             return kind, *_part_files(files, split)
     return None
+
+
+def part_folders(folder: Path) -> dict[str, Path]:
+    """The image folders below a folder that are called after a part ("train", "val"), by part."""
+    below = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {
+        part: found
+        for part, names in PART_FOLDERS.items()
+        if (found := next((below[n] for n in names if n in below and metadata_file(below[n])), None))
+    }
+
+
+def own_dev(folder: Path) -> Path | None:
+    """The dev part that a folder brings itself, apart from its training part; None where it has none."""
+    if not folder.is_dir() or metadata_file(folder) or public_set(folder) or dev_is_from_train(folder):
+        return None
+    parts = part_folders(folder)
+    return parts.get("dev") if "train" in parts else None
 
 
 def _folder(
@@ -173,15 +199,7 @@ def _folder(
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
         return read_image_folder(folder, pictures), False
-    parts = {
-        part: found
-        for part, names in PART_FOLDERS.items()
-        if (
-            found := next(
-                (folder / n for n in names if (folder / n).is_dir() and metadata_file(folder / n)), None
-            )
-        )
-    }
+    parts = part_folders(folder)
     if parts:
         if split == "train-rest" and "dev" not in parts and "train" in parts:
             return read_image_folder(parts["train"], pictures), False
@@ -198,7 +216,9 @@ def _folder(
     if (found_shards := shards_in(folder, split)) is not None:
         kind, chosen, named = found_shards
         return (read_parquet if kind == "parquet" else read_webdataset)(chosen, shard), named
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".tsv", ".jsonl", ".json")]
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLES and path.is_file()]
+    if any("question" in path.name.lower() for path in tables):  # VQA's answers lie beside its questions
+        tables = [path for path in tables if "annotation" not in path.name.lower()]
     if len(tables) == 1:
         return _file(tables[0], split, shard)
     hint = (
@@ -237,6 +257,20 @@ def read_source(
         DataError: there is no such source or part, or its table cannot be read at all.
     """
     split = canonical_split(split)
+    try:
+        reading = _read(source, split, shard, pictures)
+    except OSError as problem:
+        place = problem.filename or source
+        raise DataError(f"{place} cannot be read: {problem.strerror or problem}") from problem
+    if reading.has_part or (not divide and split == "train"):
+        return reading
+    if not divide:
+        raise DataError(f"{source} has one part only")
+    return _whole_part(reading, split)
+
+
+def _read(source: str | Path, split: str, shard: Shard, pictures: bool) -> Reading:
+    """A source's split, where it has such a part; else everything."""
     path = Path(source).expanduser()
     if path.is_dir():
         public = public_set(path)
@@ -251,8 +285,4 @@ def read_source(
         raise DataError(f"{source} is no file, no folder and no hub data set (owner/name)")
     reading = _collect(str(source), items)
     reading.has_part = has_part
-    if has_part or (not divide and split == "train"):
-        return reading
-    if not divide:
-        raise DataError(f"{source} has one part only")
-    return _whole_part(reading, split)
+    return reading

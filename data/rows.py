@@ -1,16 +1,17 @@
 """One row of a user's table -> examples, whatever its columns are called.
 
     file_name, text                        a caption (or several, as a list)
-    file_name, question, answer | answers  a question
+    file_name, question, answer | answers  a question (a row may hold a caption too: both are taken)
     image, conversations | messages        LLaVA or chat layout: one example per assistant turn
 
-Every value is read as text: "007" stays "007", `true` and `N/A` stay words. A row that cannot be used is a
-`BadRow` that says why; nothing is dropped in silence.
+Column names are read in any case (`File_Name`). Every value is read as text: "007" stays "007", `true` and
+`N/A` stay words. A row that cannot be used is a `BadRow` that says why; nothing is dropped in silence.
 """
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ QUESTION_COLUMNS = ("question", "query")
 ANSWER_COLUMNS = ("answers", "answer", "multiple_choice_answer", "response")
 TALK_COLUMNS = ("conversations", "messages", "conversation")
 ID_COLUMNS = ("id", "question_id", "__key__")
+KNOWN_COLUMNS = frozenset(
+    (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *TALK_COLUMNS, *ID_COLUMNS)
+)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant"}
 PLACEHOLDER = "<image>"
 
@@ -102,9 +106,20 @@ def _images(row: Mapping[str, Any], find: Find) -> tuple[ImageSource, ...]:
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, str]:
-    used = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *TALK_COLUMNS, *ID_COLUMNS}
     plain = (str, int, float, bool)
-    return {str(k): as_text(v) for k, v in row.items() if k not in used and isinstance(v, plain) and v != ""}
+    rest = {k: v for k, v in row.items() if k not in KNOWN_COLUMNS}
+    return {str(k): as_text(v) for k, v in rest.items() if isinstance(v, plain) and v != ""}
+
+
+def known_column(name: str) -> str:
+    """A column's name as the tables above spell it, where they know it in another case."""
+    plain = name.strip().lower()
+    return plain if plain in KNOWN_COLUMNS else name
+
+
+def _by_known_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    others = {name: known for name in row if (known := known_column(str(name))) != name and known not in row}
+    return {others.get(name, name): value for name, value in row.items()} if others else row
 
 
 def _turn(role: str, text: str, next_image: int, total: int) -> tuple[Turn, int]:
@@ -139,10 +154,7 @@ def _talk(value: Any, images: tuple[ImageSource, ...]) -> list[Turn]:
             raise RowError("unknown speaker", as_text(item.get("from", item.get("role")))[:40])
         text = item.get("value", item.get("content", ""))
         if isinstance(text, list):  # chat layout: parts of type text or image
-            text = "".join(
-                PLACEHOLDER if p.get("type") in ("image", "image_url") else as_text(p.get("text"))
-                for p in text
-            )
+            text = "".join(map(_part_text, text))
         turn, used = _turn(role, as_text(text), used, len(images))
         turns.append(turn)
     rest = tuple(ImageSlot(i) for i in range(used, len(images)))
@@ -150,6 +162,12 @@ def _talk(value: Any, images: tuple[ImageSource, ...]) -> list[Turn]:
     if rest and first is not None:  # pictures that no placeholder names stand before the first question
         turns[first] = Turn("user", (*rest, *turns[first].parts))
     return turns
+
+
+def _part_text(part: Any) -> str:
+    if not isinstance(part, Mapping):
+        return as_text(part)
+    return PLACEHOLDER if part.get("type") in ("image", "image_url") else as_text(part.get("text"))
 
 
 def _from_talk(
@@ -174,7 +192,7 @@ def _from_talk(
 
 
 def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
-    """The examples of one row: one, or one per assistant turn of a conversation.
+    """The examples of one row: one, one per assistant turn of a conversation, or a question and a caption.
 
     Args:
         row: column -> value.
@@ -184,6 +202,7 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     Raises:
         RowError: the row cannot be used.
     """
+    row = _by_known_names(row)
     images = _images(row, find)
     id = as_text(_first(row, ID_COLUMNS)) or where
     meta = _meta(row)
@@ -191,19 +210,23 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     if talk is not None:
         return _from_talk(talk, images, id, MappingProxyType({"task": "vqa"} | meta))
     slots = tuple(ImageSlot(i) for i in range(len(images)))
+    captions = next((found for name in CAPTION_COLUMNS if (found := _texts(row.get(name)))), [])
     question = as_text(_first(row, QUESTION_COLUMNS)).strip()
+    examples = []
     if question:
         answers = next((found for name in ANSWER_COLUMNS if (found := _texts(row.get(name)))), [])
         if not answers:
             raise RowError("empty answer", question[:60])
-        frozen = MappingProxyType({"task": "vqa"} | meta)
-        return [Example(images, (Turn("user", (*slots, question)),), tuple(answers), id, frozen)]
-    captions = next((found for name in CAPTION_COLUMNS if (found := _texts(row.get(name)))), [])
-    if not captions:
+        asked = (Turn("user", (*slots, question)),)
+        examples.append(Example(images, asked, tuple(answers), id, MappingProxyType({"task": "vqa"} | meta)))
+    if captions:
+        asked = (Turn("user", (*slots, CAPTION_PROMPT)),)
+        told = MappingProxyType({"task": "caption"} | meta)
+        examples.append(Example(images, asked, tuple(captions), id, told))
+    if not examples:
         known = any(name in row for name in (*CAPTION_COLUMNS, *QUESTION_COLUMNS))
         raise RowError("empty text" if known else "no text or question column", ", ".join(map(str, row))[:80])
-    frozen = MappingProxyType({"task": "caption"} | meta)
-    return [Example(images, (Turn("user", (*slots, CAPTION_PROMPT)),), tuple(captions), id, frozen)]
+    return examples
 
 
 def picture_finder(base: Path, needed: bool = True) -> Find:
@@ -227,9 +250,25 @@ def picture_finder(base: Path, needed: bool = True) -> Find:
             raise RowError("no picture named")
         if "://" in name:
             raise RowError("picture is a web address", name[:80])
-        path = base / name
-        if needed and not path.is_file():
+        path = existing(base, name) if needed else base / name
+        if path is None:
             raise RowError("picture missing", name[:80])
         return path
 
     return find
+
+
+def existing(base: Path, name: str) -> Path | None:
+    """The file of that name below `base` (or of an absolute name), or None.
+
+    Where it is not there as written: Windows's separators are read, and accents composed the other way (a
+    Mac's file names have them apart, tables have them in one letter).
+    """
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        for form in (written, *(unicodedata.normalize(kind, written) for kind in ("NFC", "NFD"))):
+            try:
+                if (base / form).is_file():
+                    return base / form
+            except OSError:  # longer than a name may be: no file is called so
+                return None
+    return None

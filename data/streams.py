@@ -106,15 +106,19 @@ def _tar_samples(url: str, part: Part, start: int) -> Iterator[tuple[int, str, d
 
 
 def _member(suffix: str, content: bytes) -> dict[str, Any]:
-    """The columns that one member of a sample brings: a picture, a text, or a JSON object's."""
-    kind = suffix.rpartition(".")[2]
+    """The columns that one member of a sample brings: a picture, a text, or a JSON object's.
+
+    As in the `webdataset` library everything after a name's first dot is the column: the picture is
+    `KEY.jpg`, `KEY.question.txt` the column `question`, and `KEY.seg.jpg` is no picture to ask about.
+    """
+    column, _, kind = suffix.rpartition(".")
     if kind in IMAGE_COLUMNS:
-        return {kind: content}
+        return {column or kind: content}
     if kind in ("txt", "text", "caption"):
-        return {"text": content.decode("utf-8")}
+        return {column or "text": content.decode("utf-8")}
     if kind == "json":
         found = load_json(content.decode("utf-8"))
-        return found if isinstance(found, dict) else {"text": found}
+        return found if isinstance(found, dict) else {column or "text": found}
     return {}
 
 
@@ -231,7 +235,8 @@ def _remote_examples(urls: Sequence[str], shard: Shard) -> Iterator[Example | Ba
 def hub_name(source: str | Path) -> str | None:
     """`owner/name` (or `owner/name:config`) where a source is a data set of the hub, else None."""
     name = str(source).removeprefix("hub:")
-    path = name.startswith((".", "/", "~")) or Path(source).exists()
+    # A folder that is here, and what is not in it: a path with a slip, not an owner of data sets.
+    path = name.startswith((".", "/", "~")) or Path(source).exists() or Path(name.split("/")[0]).is_dir()
     return None if path or name.count("/") != 1 else name
 
 
@@ -284,7 +289,7 @@ def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator
     """
     found = hub_part(repo, split)
     _, kind, _, urls = found
-    tables = [url for url in urls if url.endswith(TEXT_TABLES)]
+    tables = [url for url in urls if url.lower().endswith(TEXT_TABLES)]
     if tables and kind in ("imagefolder", "csv", "json"):
         # metadata.jsonl, or a table of any name beside its pictures
         return guarded(_remote_examples(tables, shard), repo)

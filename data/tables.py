@@ -11,31 +11,45 @@ from typing import Any
 
 from vlm.data.convert.common import read_text
 from vlm.data.example import Example
-from vlm.data.rows import BadRow, Find, RowError, examples_from_row, load_json, picture_finder
+from vlm.data.rows import (
+    KNOWN_COLUMNS,
+    BadRow,
+    Find,
+    RowError,
+    examples_from_row,
+    known_column,
+    load_json,
+    picture_finder,
+)
 from vlm.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CELL_LIMIT = 1 << 24
+DELIMITERS = (",", ";", "\t")
 Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
 def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] = ()) -> Rows:
     """(place, row) of a CSV text with a header; columns of one name (five "caption"s) become a list.
 
-    `columns` are those of a text without header.
+    A place is the line that a row begins in. `columns` are those of a text without header.
 
     Raises:
         DataError: there is no header.
     """
     csv.field_size_limit(CELL_LIMIT)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = list(columns) or [cell.strip() for cell in next(reader, [])]
+    blank = len(text) - len(text.lstrip("\r\n"))
+    before = text[:blank].count("\n") or text[:blank].count("\r")
+    delimiter = delimiter if columns else _delimiter(text[blank:], delimiter)
+    reader = csv.reader(io.StringIO(text[blank:], newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = list(columns) or [cell.strip() for cell in next(reader, [])]
+    except csv.Error as error:
+        raise DataError(f"{name} has a header row that is not CSV: {error}") from None
     if not any(header):
         raise DataError(f"{name} has no header row (file_name,text or file_name,question,answer)")
-    number = 0 if columns else 1
     while True:
-        number += 1
-        place = f"{name}:{number}"
+        place = f"{name}:{before + reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -54,6 +68,16 @@ def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] 
                 [row[column], cell] if column in row else cell
             )  # fmt: skip
         yield place, row
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """What separates the cells: the mark that makes most known columns of the header; else the usual one."""
+    header = text.splitlines()[0] if text else ""
+
+    def known(mark: str) -> int:
+        return sum(known_column(cell.strip('" ')) in KNOWN_COLUMNS for cell in header.split(mark))
+
+    return max((usual, *DELIMITERS), key=known)
 
 
 def whole_csv(path: Path, columns: Sequence[str] = ()) -> list[Mapping[str, Any]]:
@@ -111,9 +135,10 @@ def text_rows(path: Path, text: str | None = None) -> Rows:
         DataError: the file is missing, not UTF-8, or has no header.
     """
     content = read_text(path) if text is None else text
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         return jsonl_rows(content, path.name)
-    return csv_rows(content, path.name, "\t" if path.suffix == ".tsv" else ",")
+    return csv_rows(content, path.name, "\t" if suffix == ".tsv" else ",")
 
 
 def metadata_file(folder: Path) -> Path | None:
@@ -122,7 +147,8 @@ def metadata_file(folder: Path) -> Path | None:
     Raises:
         DataError: there are two.
     """
-    found = [folder / name for name in METADATA if (folder / name).is_file()]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in inside if path.name.lower() in METADATA and path.is_file()]
     if len(found) > 1:
         raise DataError(f"{folder} has both {found[0].name} and {found[1].name}: remove one")
     return found[0] if found else None

@@ -12,6 +12,18 @@ from vlm.errors import ConfigError
 OBJECTIVES = ("likelihood", "cider", "words", "preference")
 
 
+SEEDS = 1 << 31
+"""Seeds lie below: every generator takes them, with a process's number added."""
+
+
+def _require(name: str, value: object, what: str, fine: bool) -> None:
+    """Raises:
+    ConfigError: a value that is not `fine`.
+    """
+    if not fine:
+        raise ConfigError(f"{name} must be {what}, not {value}")
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One data set among those that a run learns from."""
@@ -25,9 +37,14 @@ class SourceConfig:
     per_image: int = 5
     """At most this many answers a picture and epoch."""
     weight: float = 1.0
-    """Weight of its tokens in the loss."""
+    """Weight of its tokens in the loss. It draws nothing more often: `per_image` says how much is drawn."""
     limit: int = 0
     """Only the first so many pictures; 0: all."""
+
+    def __post_init__(self) -> None:
+        _require("sources: per_image", self.per_image, "at least 1", self.per_image >= 1)
+        _require("sources: limit", self.limit, "at least 0", self.limit >= 0)
+        _require("sources: weight", self.weight, "at least 0", 0 <= self.weight < math.inf)
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,20 @@ class OptimConfig:
     """Adapter width at which these rates are right; at others they are carried over by muP (0: taken as they
     are)."""
 
+    def __post_init__(self) -> None:
+        _require("optim.lr", self.lr, "above 0", 0 < self.lr < math.inf)
+        _require("optim.gate_lr", self.gate_lr, "at least 0", 0 <= self.gate_lr < math.inf)
+        _require("optim.clip", self.clip, "above 0", self.clip > 0)
+        _require("optim.weight_decay", self.weight_decay, "at least 0", 0 <= self.weight_decay < math.inf)
+        _require("optim.warmup", self.warmup, "at least 0", self.warmup >= 0)
+        _require("optim.mup_base", self.mup_base, "at least 0", self.mup_base >= 0)
+        for name in ("decay", "final"):
+            share = getattr(self, name)
+            _require(f"optim.{name}", share, "within 0..1", 0 <= share <= 1)
+        _require("optim.average", self.average, "at least 0 and below 1", 0 <= self.average < 1)
+        fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require("optim.betas", list(self.betas), "two numbers, at least 0 and below 1", fine)
+
 
 @dataclass(frozen=True)
 class WordsConfig:
@@ -69,6 +100,12 @@ class WordsConfig:
     """Steps of linear warm-up; the rate is the main stage's, and falls to the end."""
     rarest: int = 8
     """Pictures that a word must be said of, to be learnt."""
+
+    def __post_init__(self) -> None:
+        _require("words.steps", self.steps, "at least 0", self.steps >= 0)
+        _require("words.batch", self.batch, "at least 1", self.batch >= 1)
+        _require("words.warmup", self.warmup, "at least 0", self.warmup >= 0)
+        _require("words.rarest", self.rarest, "at least 1", self.rarest >= 1)
 
 
 @dataclass(frozen=True)
@@ -193,14 +230,19 @@ class TrainConfig:
             raise ConfigError("the objective cider compares samples: samples must be at least 2")
         if not 0 < self.temperature < math.inf:
             raise ConfigError("temperature must be above 0")
+        _require("out", repr(self.out), "the name of a folder", bool(self.out.strip()))
+        weighed = not self.sources or any(source.weight for source in self.sources)
+        _require("sources: weight", 0, "above 0 in at least one of them", weighed)
+        _require("seed", self.seed, f"at least 0 and below {SEEDS}", 0 <= self.seed < SEEDS)
+        _require("fast.lower_cache", self.fast.lower_cache, "at least 0", self.fast.lower_cache >= 0)
         self._check_preference()
         self._check_stream()
         if self.steps < 1 or self.batch < 1 or self.micro < 0:
             raise ConfigError("steps and batch must be at least 1, micro at least 0")
         if self.save_every < 1 or self.keep < 1 or self.log_every < 1:
             raise ConfigError("save_every, keep and log_every must be at least 1")
-        if min(self.dev, self.pictures, self.optim.mup_base) < 0:
-            raise ConfigError("dev, pictures and optim.mup_base must be at least 0")
+        if min(self.dev, self.pictures) < 0:
+            raise ConfigError("dev and pictures must be at least 0")
         if self.dev and self.objective == "preference":
             raise ConfigError("dev is the loss of answers: the objective preference has holdout")
         if self.size < 0:
@@ -213,6 +255,7 @@ class TrainConfig:
             raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
         told = self.hints
         drawn = (told.drop, told.swap, told.foreign)
+        _require("hints.weight", told.weight, "at least 0", 0 <= told.weight < math.inf)
         if min(drawn) < 0 or sum(drawn) > 1 or not 0 <= told.naming <= 1:
             raise ConfigError(
                 "hints: drop, swap, foreign and naming are shares, the first three at most 1 in all"

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vlm.data.collate import Group, Source, rows_of, told_of
-from vlm.data.splits import image_key, rank_by_image
+from vlm.data.collate import Group, Source, image_name, rows_of, told_of
+from vlm.data.example import Example
+from vlm.data.splits import rank_by_image
 from vlm.errors import DataError
 from vlm.model import VLM
 from vlm.train.config import TrainConfig
@@ -46,10 +47,9 @@ def apportion(config: TrainConfig) -> tuple[list[Source], list[Source]]:
     if config.dev:
         fixed = sources if config.seed == SEED else read_sources(replace(config, seed=SEED))
         aside = _first(fixed, config.dev, "dev")
-        away = {image_key(image) for source in aside for e in source.examples for image in e.images}
+        away = {image_name(image) for source in aside for e in source.examples for image in e.images}
         sources = [
-            replace(s, examples=[e for e in s.examples if not away & {image_key(i) for i in e.images}])
-            for s in sources
+            _only(s, [e for e in s.examples if not away & {image_name(i) for i in e.images}]) for s in sources
         ]
     if config.pictures:
         sources = _first(sources, config.pictures, "pictures")
@@ -57,14 +57,20 @@ def apportion(config: TrainConfig) -> tuple[list[Source], list[Source]]:
 
 
 def _first(sources: Sequence[Source], count: int, key: str) -> list[Source]:
-    """Everything said of `count` pictures; rows that could not be read were of none of them."""
+    """Everything said of `count` pictures."""
     examples = [example for source in sources for example in source.examples]
     ranks = rank_by_image(examples, SALT)
     there = max(ranks, default=-1) + 1
     if there < count:
         raise DataError(f"{key}={count} are more pictures than the {there} there are")
     kept = {id(e) for e, rank in zip(examples, ranks, strict=True) if rank < count}
-    return [replace(s, examples=[e for e in s.examples if id(e) in kept], bad=()) for s in sources]
+    return [_only(s, [e for e in s.examples if id(e) in kept]) for s in sources]
+
+
+def _only(source: Source, examples: list[Example]) -> Source:
+    """Some of a source's examples; the others are passed by, and its unusable rows stay counted."""
+    passed_by = source.passed_by + len(source.examples) - len(examples)
+    return replace(source, examples=examples, passed_by=passed_by)
 
 
 @dataclass

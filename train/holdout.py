@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlm.config import CAPTION_PROMPT
+from vlm.data.collate import seeded
 from vlm.data.example import Example
 from vlm.eval.metrics.answers import exact_match
 from vlm.eval.metrics.captions import score_captions
@@ -19,7 +21,7 @@ from vlm.model import VLM
 FILE = "holdout.json"
 SHOWN = 4
 MOST = 400
-"""Examples asked at most, the first ones: a look, not a benchmark."""
+"""Examples asked at most, drawn from all: a look, not a benchmark."""
 
 
 class Judge(Protocol):
@@ -41,16 +43,24 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Held:
-    """Asks about the pictures that were set aside."""
+    """Asks about the pictures that were set aside, or about `MOST` examples of them."""
 
     examples: Sequence[Example]
     file: str = FILE
 
+    @cached_property
+    def chosen(self) -> list[Example]:
+        """What is asked: the same examples whenever a run is continued, in their own order."""
+        if len(self.examples) <= MOST:
+            return list(self.examples)
+        drawn = seeded("holdout", len(self.examples)).sample(range(len(self.examples)), MOST)
+        return [self.examples[i] for i in sorted(drawn)]
+
     def ask(self, model: VLM) -> dict[str, Any]:
-        return vars(ask(model, self.examples))
+        return vars(ask(model, self.chosen))
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        return report(self.examples, Asked(**before), Asked(**after))
+        return report(self.chosen, Asked(**before), Asked(**after)) | {"set_aside": len(self.examples)}
 
     def show(self, found: dict[str, Any]) -> None:
         show(found)
@@ -65,19 +75,18 @@ class Asked:
 
 
 def ask(model: VLM, examples: Sequence[Example]) -> Asked:
-    """Asks the first `MOST` examples: captions by beam search, questions greedily."""
-    chosen = examples[:MOST]
-    captions = [i for i, e in enumerate(chosen) if _is_caption(e)]
-    questions = [i for i, e in enumerate(chosen) if not _is_caption(e)]
-    answers = [""] * len(chosen)
+    """Asks every example: captions by beam search, questions greedily."""
+    captions = [i for i, e in enumerate(examples) if _is_caption(e)]
+    questions = [i for i, e in enumerate(examples) if not _is_caption(e)]
+    answers = [""] * len(examples)
     for places, options in (
         (captions, {"num_beams": 3, "max_new_tokens": 32}),
         (questions, {"max_new_tokens": 24}),
     ):
-        found = model.ask_batch([chosen[i] for i in places], **options) if places else []
+        found = model.ask_batch([examples[i] for i in places], **options) if places else []
         for place, answer in zip(places, found, strict=True):
             answers[place] = answer.text
-    return Asked(answers, _scores(chosen, answers, captions, questions))
+    return Asked(answers, _scores(examples, answers, captions, questions))
 
 
 def _is_caption(example: Example) -> bool:
@@ -114,7 +123,7 @@ def report(examples: Sequence[Example], before: Asked, after: Asked) -> dict[str
             "before": one,
             "after": other,
         }
-        for example, one, other in zip(examples, before.answers, after.answers, strict=False)
+        for example, one, other in zip(examples, before.answers, after.answers, strict=True)
     ]
     pictures = len({example.images for example in examples})
     return {"pictures": pictures, "before": before.scores, "after": after.scores, "answers": rows}
@@ -133,7 +142,10 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{found['pictures']} pictures that training has not seen", title_justify="left")
+    asked = len(found["answers"])
+    some = f" ({asked} of {found['set_aside']} examples asked)" if asked < found["set_aside"] else ""
+    title = f"{found['pictures']} pictures that training has not seen{some}"
+    table = Table(title=title, title_justify="left")
     for name in ("score", "before", "after"):
         table.add_column(name, justify="left" if name == "score" else "right")
     for name, value in found["after"].items():

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     add_common(parser)
     args = parser.parse_intermixed_args(argv)
     config, ladder = read_settings(args.recipe, args.settings)
-    from vlm.train.main import TERMINATED, apply
+    from vlm.train.main import apply
+    from vlm.train.processes import TERMINATED
     from vlm.train.sweep import sweep
 
     apply(args)

@@ -33,7 +33,7 @@ from vlm.train.mup import Scale
 from vlm.train.optim import Average, build_optimizer, learning_rate
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
-from vlm.train.recipe import identity, same_recipe
+from vlm.train.recipe import identity, other_keys
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
 from vlm.train.sharded import shard
 from vlm.train.state import newest_valid, pack, read_state, restore, save_state
@@ -137,9 +137,10 @@ class Trainer:
             return
         tensors, meta = read_state(path)
         extra = meta["extra"]
-        if not same_recipe(extra["config"], self.config):
+        if changed := other_keys(extra["config"], self.config):
             raise TrainingError(
-                f"{path} is of another recipe: choose another out=FOLDER, or give --fresh to start anew"
+                f"{path} is of another recipe ({', '.join(changed)}): choose another out=FOLDER, "
+                "or give --fresh to start anew"
             )
         if extra.get("data", self.data_hash) != self.data_hash:
             raise TrainingError(
@@ -223,6 +224,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the state of every process."""
         randoms, progress = self.processes.random_states(), self.progress()
+        devices = self.processes.device_states()
         if self.processes.main:
             extra = {
                 "step": self.step,
@@ -235,7 +237,7 @@ class Trainer:
                 "config": identity(self.config),
                 **progress,
             }
-            files = pack(self.trained, self.optimizer, self.average, randoms, extra)
+            files = pack(self.trained, self.optimizer, self.average, randoms, extra, devices)
             save_state(self.out / "state", self.step, files, self.config.keep)
         self.accelerator.wait_for_everyone()
 

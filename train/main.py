@@ -24,8 +24,6 @@ COMMANDS = {
     "plan": "vlm.train.plan",
     "ladder": "vlm.train.ladder",
 }
-TERMINATED = 143
-"""Exit code of a run that a signal ended early: 128 + SIGTERM."""
 
 
 def main(argv: list[str]) -> int:
@@ -43,9 +41,11 @@ def main(argv: list[str]) -> int:
     apply(args)
     from accelerate import PartialState
 
+    from vlm.train.processes import TERMINATED, leaving
     from vlm.train.run import train
 
-    done = train(config, offline=args.offline, fresh=args.fresh, device=args.device)
+    with leaving(config.out):
+        done = train(config, offline=args.offline, fresh=args.fresh, device=args.device)
     PartialState().destroy_process_group()
     return 0 if done else TERMINATED
 

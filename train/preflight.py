@@ -136,7 +136,7 @@ def preflight(trainer: Trainer) -> Preflight:
         pictures=0 if config.stream else len(groups),
         answers=0 if config.stream else sum(len(pairs) for group in groups for pairs in group.by_source),
         steps=left,
-        epochs=0.0 if config.stream else left * config.batch / len(groups),
+        epochs=0.0 if config.stream else left / -(-len(groups) // config.batch),
         micro=trainer.micro,
         step_seconds=seconds,
         seconds=seconds * left,

@@ -11,17 +11,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlm.config import CAPTION_PROMPT, HintsConfig
-from vlm.data.collate import Group, Source, group_by_image, group_name
+from vlm.config import HintsConfig
+from vlm.conversation import ImageSource
+from vlm.data.collate import Group, Source, group_by_image, group_name, image_name
+from vlm.data.duplicates import Print, print_of
 from vlm.data.example import Example
-from vlm.data.readers import Reading
+from vlm.data.readers import Reading, own_dev
 from vlm.data.sources import find_reading
 from vlm.data.splits import split_by_image
-from vlm.data.text import normalise_caption
+from vlm.data.text import all_spoken
 from vlm.errors import ConfigError, DataError
 from vlm.features import Features
 from vlm.hints import likely_labels
-from vlm.images import ImageError, open_picture
+from vlm.images import ImageError, Picture, open_picture
 from vlm.train.config import SourceConfig, TrainConfig
 from vlm.train.pairs import pair_sources
 from vlm.train.shapes import SHAPES, shapes
@@ -52,7 +54,7 @@ def read_source(source: SourceConfig, config: TrainConfig) -> Source:
     """One source, with the rows of it that cannot be used."""
     if source.name == SHAPES:
         examples: Sequence[Example] = shapes(source.limit or 64, config.seed)
-        return Source([spoken(e) for e in examples], source.per_image, source.weight)
+        return Source(all_spoken(examples)[0], source.per_image, source.weight)
     if not source.name and not config.data:
         raise ConfigError("say where your pictures are: data=FOLDER")
     root = Path(config.data) if config.data else None
@@ -61,11 +63,30 @@ def read_source(source: SourceConfig, config: TrainConfig) -> Source:
     examples = reading.examples
     if source.limit:
         examples = first_pictures(examples, source.limit)
+    passed_by = len(reading.examples) - len(examples)
     if source.questions:
         from vlm.data.questions import questions_from_captions
 
         examples = questions_from_captions(examples, seed=config.seed)
-    return Source([spoken(e) for e in examples], source.per_image, source.weight, reading.bad)
+    said, silent = all_spoken(examples)
+    bad = [*reading.bad, *silent]
+    return Source(said, source.per_image, source.weight, bad, passed_by=passed_by)
+
+
+def own_part(config: TrainConfig) -> Source | None:
+    """The part that a person's own folder sets aside itself (`val/`), read as its training part is.
+
+    None where the recipe sets nothing aside, learns other sources too, or the folder has no such part.
+
+    Raises:
+        DataError: it cannot be read, or more than 1 % of its rows cannot be used.
+    """
+    source = config.sources[0] if len(config.sources) == 1 else None
+    if not config.holdout or source is None or source.name or source.split != "train" or not config.data:
+        return None
+    if own_dev(Path(config.data).expanduser()) is None:
+        return None
+    return read_source(replace(source, split="dev", limit=0), config)
 
 
 def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
@@ -75,23 +96,25 @@ def first_pictures(examples: Sequence[Example], count: int) -> list[Example]:
     return [example for example, name in zip(examples, names, strict=True) if name in kept]
 
 
-def spoken(example: Example) -> Example:
-    """Captions in lower case without the final full stop; other answers as they are."""
-    if example.turns[-1].text != CAPTION_PROMPT:
-        return example
-    answers = tuple(filter(None, map(normalise_caption, example.answers)))
-    return replace(example, answers=answers)
-
-
-def set_aside(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Example]]:
+def set_aside(
+    sources: Sequence[Source], share: float, part: Source | None = None
+) -> tuple[list[Source], list[Example]]:
     """The sources without a share of their pictures, and every example of those pictures.
+
+    Where the data has a `part` for this, nothing is taken from the sources.
 
     Raises:
         DataError: there are fewer than two pictures.
     """
     if not share:
         return list(sources), []
-    _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
+    if part is not None:
+        first = replace(sources[0], bad=[*sources[0].bad, *part.bad])
+        return [first, *sources[1:]], list(part.examples)
+    try:
+        _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
+    except DataError as problem:
+        raise DataError(f"{problem}: say holdout=0 to learn from everything") from None
     away = {id(example) for example in held}
     kept = [replace(s, examples=[e for e in s.examples if id(e) not in away]) for s in sources]
     return kept, held
@@ -109,6 +132,14 @@ def groups_of(sources: Sequence[Source]) -> list[Group]:
     return groups
 
 
+def prints_of(images: Sequence[ImageSource], pictures: Sequence[Picture]) -> dict[str, Print]:
+    """The prints of opened pictures, by their names."""
+    return {
+        name: print_of(name, picture.sha256, picture.pixels)
+        for name, picture in zip(map(image_name, images), pictures, strict=True)
+    }
+
+
 class FeatureStore:
     """Features of the groups' pictures by group and view, always from the cache.
 
@@ -118,8 +149,12 @@ class FeatureStore:
 
     Every group's key becomes its pictures' contents, on which all drawing depends from then on.
 
+    Args:
+        looks: take the pictures' prints too, by which those that look alike are found.
+
     Attributes:
         bad: why pictures cannot be used, by the group's id; such groups have no features.
+        prints: by the picture's name; empty unless `looks`.
     """
 
     def __init__(
@@ -131,8 +166,10 @@ class FeatureStore:
         progress: Progress,
         rank: int = 0,
         processes: int = 1,
+        looks: bool = False,
     ) -> None:
-        self.features, self.hints = features, hints
+        self.features, self.hints, self.looks = features, hints, looks
+        self.prints: dict[str, Print] = {}
         self.bad: dict[str, ImageError] = {}
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._held: dict[tuple[str, str], Tensor] = {}
@@ -150,6 +187,8 @@ class FeatureStore:
 
     def _add(self, group: Group, views: Sequence[str]) -> None:
         pictures = [open_picture(image) for image in group.images]
+        if self.looks:
+            self.prints |= prints_of(group.images, pictures)
         group.key = "|".join(picture.sha256 for picture in pictures)
         for view in views:
             found = self.features.see(pictures, view, scored=self.hints.count > 0)

@@ -7,17 +7,20 @@ model, and exactly the arithmetic of one process with the whole batch.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 T = TypeVar("T")
+TERMINATED = 143
+"""Exit code of a run that a signal ended early: 128 + SIGTERM."""
 
 
 class Processes:
@@ -78,6 +81,16 @@ class Processes:
         gathered = self.accelerator.gather(state.to(self.accelerator.device)[None])
         return list(gathered.cpu())
 
+    def device_states(self) -> list[Tensor]:
+        """The states of every process's generator on its GPU, the first one's first; none without a GPU."""
+        if self.accelerator.device.type != "cuda":
+            return []
+        state = torch.cuda.get_rng_state(self.accelerator.device)
+        if self.count == 1:
+            return [state]
+        gathered = self.accelerator.gather(state.to(self.accelerator.device)[None])
+        return list(gathered.cpu())
+
     @contextmanager
     def listening(self, stop: Callable[[], None]) -> Iterator[None]:
         """SIGTERM and the first Ctrl-C call `stop`; a second Ctrl-C interrupts at once."""
@@ -97,3 +110,26 @@ class Processes:
         finally:
             for number, previous in before.items():
                 signal.signal(number, previous)
+
+
+@contextmanager
+def leaving(out: str) -> Iterator[None]:
+    """SIGTERM ends the process with a word where `listening` does not: while pictures are read, say.
+
+    Nothing is to be saved there: what has been encoded is in the feature cache, the steps are in the states.
+    """
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        if PartialState().is_main_process:
+            print(f"stopped; the same command goes on: {out}", file=sys.stderr, flush=True)
+        raise SystemExit(TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread: nobody sends signals there
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

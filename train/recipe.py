@@ -92,12 +92,36 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+def other_keys(stored: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The keys in which a state's recipe is another one; those that its version did not know have defaults.
+
+    A recipe that this version cannot read differs in what it cannot read.
+    """
+    try:
+        one, other = _flat(identity(recipe_config(stored))), _flat(identity(config))
+    except ConfigError as problem:
+        return [str(problem)]
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
 def same_recipe(stored: dict[str, Any], config: TrainConfig) -> bool:
     """Whether a state's recipe is this one; keys that its version did not know have their defaults."""
-    try:
-        return identity(recipe_config(stored)) == identity(config)
-    except ConfigError:
-        return False
+    return not other_keys(stored, config)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys, as `key=value` names them."""
+    nested: list[tuple[str, Any]] = []
+    if isinstance(values, dict):
+        nested = [(str(key), value) for key, value in values.items()]
+    elif isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        nested = [(str(number), value) for number, value in enumerate(values)]
+    if not nested:
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for key, value in nested:
+        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from vlm.checkpoint import build_model, load_model
 from vlm.config import to_dict
 from vlm.data.collate import Group, Source
 from vlm.data.example import Example
 from vlm.data.readers import Reading
+from vlm.errors import ConfigError
 from vlm.features import FeatureCache
 from vlm.model import VLM
 from vlm.train import checks, mup
@@ -30,9 +33,9 @@ from vlm.train.loop import Trainer
 from vlm.train.pairs import paired
 from vlm.train.preference import PreferenceTrainer
 from vlm.train.preflight import Preflight, peak_memory, preflight
-from vlm.train.prepare import FeatureStore, groups_of, set_aside
+from vlm.train.prepare import FeatureStore, groups_of, own_part, set_aside
 from vlm.train.processes import Processes
-from vlm.train.record import DEV, Record, machine
+from vlm.train.record import DEV, RUN, Record, machine
 from vlm.train.screen import Screen
 from vlm.train.state import newest_valid
 from vlm.train.streamed import Feed, StreamTrainer
@@ -42,6 +45,8 @@ from vlm.weights_cache import cache_root
 
 TRAINERS: dict[str, type[Trainer]] = {"words": WordTrainer, "preference": PreferenceTrainer}
 """Objectives with a loop of their own."""
+OURS = ("state", RUN, "words")
+"""What tells a run's folder from others: its states, its record, or its stage of words."""
 
 
 def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, device: str = "auto") -> bool:
@@ -54,6 +59,7 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
     Returns:
         Whether the last step was reached (a signal ends a run early, with its state saved).
     """
+    open_out(config)
     start = _learn_words(config, offline, fresh, device) if config.words.steps else ""
     if start is None:
         return False
@@ -62,12 +68,17 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         return _train_streamed(config, accelerator, offline)
     with Screen(accelerator.is_main_process) as screen:
         sources, aside = apportion(config)
-        sources, held = set_aside(sources, config.holdout)
+        part = own_part(config)
+        if part is not None:
+            screen.say(f"{config.data} has a validation part: that is asked, and nothing else set aside")
+        sources, held = set_aside(sources, config.holdout, part)
         model = make_model(config, offline, start)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
         dev = open_dev(config, model, aside, screen, accelerator)
-        reading, held = checks.check(config.data or "the data", sources, held, store)
-        screen.say(checks.check_text(reading))
+        checked = checks.check(config.data or "the data", sources, held, store)
+        screen.say(checked.text())
+        held = checked.held
+        sources, groups = checked.apart(sources, groups)
         if checks.own(config):
             screen.say(checks.sample_text(model, groups, store, config.seed))
         judge = _judge(config, sources, held, screen)
@@ -75,7 +86,7 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         kind = TRAINERS.get(config.objective, Trainer)
         trainer = kind(model, config, groups, store, lambda _: None, accelerator)
         trainer.resume(screen.say)
-        done = _run(trainer, screen, held, reading)
+        done = _run(trainer, screen, held, checked.reading)
         if dev is not None and done:
             screen.say(f"loss on {config.dev} pictures set aside: {dev.write(trainer)['loss']:.4f}")
     if judge is not None and before is not None and done:
@@ -87,6 +98,34 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         judge.show(found)
     _finish(trainer, done)
     return done
+
+
+def open_out(config: TrainConfig) -> None:
+    """Makes the run's folder, and sees to it before any work that the run can write there.
+
+    Raises:
+        ConfigError: it is somebody else's, cannot be written, or a tracker is not installed.
+    """
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    except OSError as problem:
+        raise ConfigError(f"out={config.out} cannot be written: {problem.strerror or problem}") from None
+    if found and not any((out / name).exists() for name in OURS):
+        raise ConfigError(
+            f"out={config.out} holds {', '.join(found[:3])} and no run of training: "
+            "choose another folder, nothing is overwritten"
+        )
+    known = [str(name) for name in get_available_trackers()]
+    unknown = [name for name in config.trackers if name not in (*known, "all")]
+    if unknown:
+        raise ConfigError(
+            f"trackers: {', '.join(unknown)} is no tracker that is installed "
+            f"({', '.join(known)}; [] for none)"
+        )
 
 
 def _begin(config: TrainConfig, fresh: bool, device: str) -> Accelerator:
@@ -182,7 +221,7 @@ def set_dropout(model: VLM, share: float) -> None:
     """Gives a model's adapter another dropout than the one that it was built with."""
     for module in model.adapter.modules():
         if hasattr(module, "dropout"):
-            module.dropout = share
+            module.dropout = share  # type: ignore[assignment]
     sizes = replace(getattr(model.config, model.config.adapter), dropout=share)
     model.config = replace(model.config, **{model.config.adapter: sizes})
 
@@ -200,6 +239,7 @@ def prepare(
         screen.progress,
         accelerator.process_index,
         accelerator.num_processes,
+        looks=checks.own(config),
     )
     return store.usable(groups), store
 

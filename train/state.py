@@ -32,11 +32,13 @@ def pack(
     average: Average | None,
     randoms: Sequence[Tensor],
     extra: Mapping[str, Any],
+    devices: Sequence[Tensor] = (),
 ) -> dict[str, bytes]:
     """The files of a state.
 
     Args:
         randoms: the state of every process's random generator, this one's first.
+        devices: the same of their GPUs' generators, where they run on GPUs.
     """
     tensors = {f"adapter/{k}": v for k, v in adapter.state_dict().items()}
     state = optimizer.state_dict()
@@ -45,13 +47,16 @@ def pack(
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
     if average is not None:
         tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
-    for rank, random in enumerate(randoms):
-        tensors[f"random/torch/{rank}" if rank else "random/torch"] = random
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    for kind, states in (("torch", randoms), ("cuda", devices)):
+        tensors |= {random_name(kind, rank): state for rank, state in enumerate(states)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = {"groups": state["param_groups"], "extra": dict(extra)}
     return {"state.safetensors": save(tensors), "state.json": json.dumps(meta).encode()}
+
+
+def random_name(kind: str, rank: int) -> str:
+    """What the state of a process's generator (`torch` or `cuda`) is called among a state's tensors."""
+    return f"random/{kind}/{rank}" if rank else f"random/{kind}"
 
 
 def save_state(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
@@ -163,8 +168,9 @@ def restore(
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if average is not None:
             average.load_state_dict(part("average/"))
-        torch.set_rng_state(tensors[f"random/torch/{rank}" if rank else "random/torch"])
+        torch.set_rng_state(tensors[random_name("torch", rank)])
     except (RuntimeError, ValueError, KeyError) as problem:
         raise WeightsError(f"{path} belongs to another recipe: {problem}") from problem
-    if "random/cuda" in tensors and torch.cuda.is_available() and rank == 0:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    device = tensors.get(random_name("cuda", rank))
+    if device is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(device)

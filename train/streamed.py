@@ -19,11 +19,12 @@ from vlm.data.example import Example
 from vlm.data.laps import Place, find_laps
 from vlm.data.readers import BAD_SHARE
 from vlm.data.rows import BadRow
+from vlm.data.text import all_spoken
 from vlm.errors import ConfigError, DataError
 from vlm.model import VLM
 from vlm.train.config import TrainConfig
 from vlm.train.loop import Step, Trainer, TrainingError
-from vlm.train.prepare import MEMORY, FeatureStore, spoken
+from vlm.train.prepare import MEMORY, FeatureStore
 from vlm.train.processes import Processes
 
 BATCHES = 16
@@ -94,15 +95,10 @@ class Feed:
         count = 0
         for after, found in self.laps.rows(self.place):
             count += 1
-            for item in found:
-                told = item if isinstance(item, BadRow) else spoken(item)
-                if isinstance(told, BadRow):
-                    bad.append(told)
-                elif any(answer.strip() for answer in told.answers):
-                    examples.append(told)
-                    names.add(group_name(told.images))
-                else:
-                    bad.append(BadRow(told.id, "empty answer"))
+            said, silent = all_spoken(item for item in found if not isinstance(item, BadRow))
+            bad += [*(item for item in found if isinstance(item, BadRow)), *silent]
+            examples += said
+            names.update(group_name(example.images) for example in said)
             if len(names) >= self.most:
                 self.after = after
                 return examples, bad, count

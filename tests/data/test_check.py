@@ -90,6 +90,17 @@ def test_repeated_questions_and_answers_are_counted(tmp_path: Path, save: Callab
     assert dict(part.answer_words) == {1: 3, 3: 1}
 
 
+def test_one_answer_to_everything_is_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"{n:03}.png,what?,Yes\n" for n in range(4))
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,question,answer\n" + rows)
+    assert vlm(["data", "check", str(folder)]) == 0
+    assert "WARNING: every question has the same answer" in capsys.readouterr().out
+    (folder / "metadata.csv").write_text("file_name,question,answer\n" + rows + "000.png,why?,no\n")
+    assert vlm(["data", "check", str(folder)]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_convert_and_questions_from_the_command_line(
     flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
 from vlm.conversation import ImageSlot, Turn
 from vlm.data.example import Example
-from vlm.data.splits import canonical_split, is_held_out, split_by_image
+from vlm.data.splits import canonical_split, is_held_out, rank_by_image, split_by_image
 from vlm.errors import DataError
 
 
@@ -53,3 +56,29 @@ def test_split_names() -> None:
     assert canonical_split("Validation") == canonical_split("val") == "dev"
     with pytest.raises(DataError):
         canonical_split("everything")
+
+
+def test_copies_under_other_names_stay_together(tmp_path: Path, save: Callable[..., Path]) -> None:
+    for n in range(10):
+        for prefix in "ab":
+            save(tmp_path / f"{prefix}{n}.png", n)
+    examples = [example(n, str(tmp_path / f"{prefix}{n}.png")) for prefix in "ab" for n in range(10)]
+    rest, held = split_by_image(examples)
+    assert len(held) == 4
+    assert not {e.id for e in rest} & {e.id for e in held}
+    assert len(set(rank_by_image(examples))) == 20, "without reading, names alone count"
+
+
+def test_one_name_in_several_folders_is_several_pictures() -> None:
+    """And neither another picture nor the place where the folders lie moves them."""
+    examples = [example(n, f"/here/s{n}/img.jpg") for n in range(10)]
+    rest, held = split_by_image(examples)
+    assert (len(rest), len(held)) == (8, 2)
+    moved = [example(n, f"/there/below/s{n}/img.jpg") for n in range(10)]
+    assert [e.id for e in split_by_image(moved)[1]] == [e.id for e in held]
+
+
+def test_the_order_by_names_is_frozen() -> None:
+    """Runs of the public sets are compared by the loss of the first pictures in it."""
+    ranks = rank_by_image([example(n, f"/data/{n}.jpg") for n in range(8)], "dev")
+    assert ranks == [0, 2, 7, 4, 5, 1, 6, 3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlm.bench.peers import CLOSE, IdeficsPeer, peer_of
-from vlm.bench.train import BATCHES, Ours, Theirs, ratios
+from vlm.bench.train import BATCHES, SWITCHES, UNASKED, Ours, Switched, Theirs, gains, ratios
 
 
 @pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
@@ -52,6 +52,40 @@ def test_every_contestant_learns(tiny_config: Any, adapter: str, warm: bool, tmp
             contestant.step(turn % BATCHES)
         assert contestant.losses[-1] < contestant.losses[0]
         assert bool(contestant.kept) == warm
+
+
+def test_every_switch_is_measured() -> None:
+    from dataclasses import fields
+
+    from vlm.train.config import FastConfig
+
+    assert {field.name for field in fields(FastConfig)} == set(SWITCHES) - {"ours"}
+    assert all(set(changes) == {name} for name, changes in SWITCHES.items() if changes)
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name not in UNASKED])
+def test_a_changed_switch_learns_the_same(tiny_config: Any, name: str) -> None:
+    """The first losses are those of the recipe; in 8 bits, and with other batches, they are near."""
+    options = {"pictures": 2, "data": None, "precision": "float32"}
+    options["model"] = tiny_config("flamingo", layers=(2, 3))
+    ours, other = Switched("ours", options), Switched(name, options)
+    for contestant in (ours, other):
+        for batch in range(BATCHES):
+            contestant.step(batch)
+    near = name in ("int8", "length_groups")
+    total = sum(ours.losses)
+    assert sum(other.losses) == pytest.approx(total, rel=0.05 if near else 1e-4)
+
+
+def test_gains_are_a_switch_on_over_off() -> None:
+    row = lambda speed, memory: {"captions_per_second": speed, "peak_memory": memory}  # noqa: E731
+    found = gains({"ours": row(30, 2), "shared_rows": row(10, 4), "int8": row(15, 1)})
+    assert found == {
+        "shared_rows, on / off": 3,
+        "shared_rows, on / off: memory": 0.5,
+        "int8, on / off": 0.5,
+        "int8, on / off: memory": 0.5,
+    }
 
 
 def test_ratios_are_ours_over_theirs() -> None:

@@ -142,14 +142,15 @@ def test_pictures_that_were_set_aside_are_checked_and_the_others_decoded_once(
     config = of(recipe, folder, holdout=0.5)
     with open(folder / "metadata.csv", "a", encoding="utf-8") as file:
         for number in range(4):
-            (folder / f"bad{number}.png").write_bytes(b"hello")
+            (folder / f"bad{number}.png").write_bytes(b"hello %d" % number)
             file.write(f"bad{number}.png,What?,dog\n")
     sources, held = prepare.set_aside(prepare.read_sources(config), config.holdout)
     broken = [str(image) for example in held for image in example.images if "bad" in str(image)]
     assert 0 < len(broken) < 4
     model = make_model(config, offline=True)
     groups, store = encode(config, model, group_by_image(sources), Screen(False), Accelerator(cpu=True))
-    reading, usable = checks.check("own", sources, held, store)
+    checked = checks.check("own", sources, held, store)
+    reading, usable = checked.reading, checked.held
     assert len(reading.bad) == 4
     assert len(usable) == len(held) - len(broken)
     assert not any("bad" in str(image) for example in usable for image in example.images)
@@ -200,3 +201,96 @@ def test_another_seed_draws_otherwise(
     draws = {tuple(p.example.id for p in group.draw(seed, 0)) for seed in range(20)}
     assert len(draws) > 1
     assert group.draw(3, 1) == replace(group, id="somewhere/else.png").draw(3, 1)
+
+
+def test_copies_under_other_names_are_never_on_both_sides(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str], draw: Callable[..., Any]
+) -> None:
+    """The same file stays on one side; what looks like a picture set aside is not learnt."""
+    from vlm.train.prepare import read_sources, set_aside
+    from vlm.train.run import train
+
+    folder = own()
+    lines = []
+    for number in range(PICTURES):
+        shutil.copy(folder / f"{number}.png", folder / f"copy{number}.png")
+        draw(number).resize((60, 60)).save(folder / f"small{number}.png")
+        lines.append(f"copy{number}.png,What?,dog\nsmall{number}.png,What?,dog\n")
+    with open(folder / "metadata.csv", "a", encoding="utf-8") as file:
+        file.writelines(lines)
+    config = of(recipe, folder, steps=1, holdout=0.2)
+    (source,), held = set_aside(read_sources(config), 0.2)
+    asked = {Path(str(example.images[0])).read_bytes() for example in held}
+    learnt = {Path(str(example.images[0])).read_bytes() for example in source.examples}
+    assert asked
+    assert not asked & learnt
+    assert train(config, offline=True)
+    said = capsys.readouterr().err
+    assert f"{PICTURES} groups of pictures look alike" in said
+    assert "answers: 40, 1.0 words on average, 1 at most; vocabulary 2 words" in said
+    assert "pictures look like some that are set aside and are not learnt" in said
+    facts = json.loads((Path(config.out) / "run.json").read_text())
+    assert facts["preflight"]["pictures"] + facts["held_out"] < 3 * PICTURES
+
+
+def test_a_caption_without_a_word_is_left_out_and_counted(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.data.check import check_source
+    from vlm.train.run import train
+
+    folder = own()
+    lines = [f"{number % PICTURES}.png,a shape {number}" for number in range(200)]
+    (folder / "metadata.csv").write_text("file_name,text\n" + "\n".join([*lines, "0.png,."]) + "\n")
+    (part,) = check_source(folder).parts
+    assert dict(part.causes) == {"nothing is said": 1}
+    config = of(recipe, folder, steps=1)
+    assert train(config, offline=True)
+    assert "1 of 201 rows are left out: 1 x nothing is said" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keys", [{"pictures": 4}, {"dev": 2, "pictures": 4}])
+def test_bad_rows_stay_counted_where_few_pictures_are_learnt(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str], keys: dict[str, int]
+) -> None:
+    from vlm.train.run import train
+
+    folder = own(100)
+    with open(folder / "metadata.csv", "a", encoding="utf-8") as file:
+        file.write("absent.png,What?,dog\n")
+    assert train(of(recipe, folder, steps=1, **keys), offline=True)
+    assert "rows are left out: 1 x picture missing" in capsys.readouterr().err
+
+
+def test_one_picture_names_the_way_out(own: Callable[..., Path], recipe: Recipe) -> None:
+    from vlm.train.run import train
+
+    folder = own(1)
+    with pytest.raises(DataError, match=r"1 picture\(s\) cannot be divided .*: say holdout=0"):
+        train(of(recipe, folder, steps=1, holdout=0.2), offline=True)
+
+
+def test_a_folders_own_validation_part_is_what_is_asked(
+    own: Callable[..., Path],
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    draw: Callable[..., Any],
+) -> None:
+    from vlm.train.run import train
+
+    own(16, "both/train")
+    val = tmp_path / "both" / "val"
+    val.mkdir()
+    for number in range(3):
+        draw(50 + number).save(val / f"v{number}.png")
+    rows = "".join(f"v{number}.png,What is it?,dog\n" for number in range(3))
+    (val / "metadata.csv").write_text("file_name,question,answer\n" + rows)
+    config = of(recipe, tmp_path / "both", steps=1, holdout=0.2)
+    assert train(config, offline=True)
+    assert "has a validation part: that is asked, and nothing else set aside" in capsys.readouterr().err
+    facts = json.loads((Path(config.out) / "run.json").read_text())
+    assert facts["preflight"]["pictures"] == PICTURES
+    found = json.loads((Path(config.out) / "holdout.json").read_text())
+    assert [row["id"] for row in found["answers"]] == [f"metadata.csv:{n}" for n in (2, 3, 4)]
+    assert found["set_aside"] == 3

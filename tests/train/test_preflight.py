@@ -64,3 +64,14 @@ def test_states_that_may_be_kept_are_memory_too(recipe: Recipe, trainer_of: Trai
     without = preflight(trainer).memory
     trainer.config = replace(config, fast=FastConfig(lower_cache=3000))
     assert preflight(trainer).memory > without + (2900 << 20)
+
+
+@pytest.mark.parametrize(("batch", "epochs"), [(5, 6 / 3), (12, 6.0), (64, 6.0)])
+def test_an_epoch_is_as_many_steps_as_it_has_batches(
+    recipe: Recipe, trainer_of: TrainerOf, batch: int, epochs: float
+) -> None:
+    """12 pictures: the last batch of an epoch may be short, and a batch never reaches into the next."""
+    trainer, _ = trainer_of(recipe(steps=6, batch=batch))
+    assert preflight(trainer).epochs == pytest.approx(epochs)
+    trainer.step = trainer.config.steps
+    assert next(trainer.batches())[0] == epochs

@@ -144,7 +144,11 @@ def test_a_rate_may_be_written_as_people_do(written: str, value: float) -> None:
     ["optim.rate=1", "optim.lr=fast", "optim.lr=4e",
      "nonsense=1", "steps=many", "steps", "=3", "sources.7.limit=3", "steps.more=1",
      "seed=true", "steps=0", "precision=fp8", "objective=joy", "flip=2", "holdout=1",
-     "optim.lr={a: [}", "keep=0"],
+     "optim.lr={a: [}", "keep=0", "out=", "out= ", "seed=-1", "seed=99999999999", "optim.lr=-1",
+     "optim.lr=.nan", "optim.lr=.inf", "optim.betas=[0.9]", "optim.betas=[2, 3]", "optim.warmup=-5",
+     "optim.decay=5", "optim.average=1", "optim.clip=0", "sources.0.limit=-3", "sources.0.weight=-1",
+     "sources.0.weight=0", "sources.0.per_image=0", "sources.0.per_image=-1", "words.batch=0",
+     "hints.weight=-1", "fast.lower_cache=-1"],
 )  # fmt: skip
 def test_wrong_settings_are_named(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError):

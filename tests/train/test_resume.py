@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from vlm.config import to_dict
 from vlm.errors import WeightsError
@@ -155,6 +156,30 @@ def test_sigterm_saves_and_says_so(long_recipe: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
 
 
+def test_sigterm_while_pictures_are_read_leaves_with_a_word(long_recipe: Any, tmp_path: Path) -> None:
+    many = replace(long_recipe().sources[0], limit=1500)
+    config = long_recipe(out=str(tmp_path / "out"), sources=(many,), feature_cache=str(tmp_path / "features"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", config)
+    process = subprocess.Popen(command(recipe), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stderr is not None
+    assert any(line.startswith("reading pictures") for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said == f"stopped; the same command goes on: {config.out}\n"
+    assert not (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+def test_a_state_holds_the_generators_of_every_process_and_its_gpu() -> None:
+    part = torch.nn.Linear(2, 2)
+    states = [torch.full((4,), number, dtype=torch.uint8) for number in range(4)]
+    optimizer = torch.optim.AdamW(part.parameters())
+    files = state.pack(part, optimizer, None, states[:2], {}, states[2:])
+    tensors = load(files["state.safetensors"])
+    found = {name: int(value[0]) for name, value in tensors.items() if name.startswith("random/")}
+    assert found == {"random/torch": 0, "random/torch/1": 1, "random/cuda": 2, "random/cuda/1": 3}
+
+
 def finish(trainer: Any, steps: list[Any], said: list[str] | None = None) -> list[float]:
     trainer.resume((said if said is not None else []).append)
     trainer.run()
@@ -238,13 +263,14 @@ def test_a_real_full_disk(long_recipe: Any, trainer_of: Any) -> None:
 def test_another_recipe_is_refused(long_recipe: Any, trainer_of: Any) -> None:
     config = long_recipe(steps=6)
     stopped_after(trainer_of, config, 3)
-    for changed in (
-        replace(config, seed=1),
-        replace(config, optim=replace(config.optim, lr=1.0)),
-        replace(config, sources=(replace(config.sources[0], per_image=2),)),
+    (source,) = config.sources
+    for changed, named in (
+        (replace(config, seed=1), "seed"),
+        (replace(config, optim=replace(config.optim, lr=1.0)), "optim.lr"),
+        (replace(config, sources=(replace(source, per_image=2),), batch=3), "batch, sources.0.per_image"),
     ):
         trainer, _ = trainer_of(changed)
-        with pytest.raises(TrainingError, match="another recipe"):
+        with pytest.raises(TrainingError, match=rf"is of another recipe \({named}\)"):
             trainer.resume()
     trainer, _ = trainer_of(replace(config, note="other words", log_every=2, keep=3))
     trainer.resume()

@@ -1,5 +1,8 @@
 """`vlm bench train`: captions learnt per second, beside transformers' Idefics and Blip2.
 
+vlm bench train               ours and theirs
+vlm bench train --switches    ours with one switch of `fast` changed at a time: what each of them gains
+
 Every contestant is a process of its own with the same frozen parts, pictures and captions. They take
 turns, one step each, so that whatever else the machine does falls on all alike. A step is forward,
 backward, clipping and AdamW over the same pictures and all their captions. The plain contestants encode
@@ -14,10 +17,11 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vlm.options import make_parser
@@ -33,6 +37,22 @@ CONTESTANTS = {
     "blip2 plain": ("qformer", False, False),
 }
 """Name -> adapter, whether it is ours, whether features are kept."""
+SWITCHES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "shared_rows": {"shared_rows": False},
+    "fused_loss": {"fused_loss": False},
+    "length_groups": {"length_groups": False},
+    "backward_cut": {"backward_cut": False},
+    "lower_cache": {"lower_cache": 0},
+    "int8": {"int8": True},
+    "checkpointing": {"checkpointing": True},
+    "compile": {"compile": "inductor"},
+}
+"""Switch of `fast` -> how a contestant differs from "ours", the Flamingo recipe with its features kept."""
+UNASKED = ("compile",)
+"""Switches that run only where `--only` names them: this one needs a C++ compiler."""
+LOWER_CACHE = 512
+"""Megabytes."""
 PAIRS = (("flamingo", "idefics"), ("qformer", "blip2"))
 CAPTIONS = 5
 BATCHES = 4
@@ -47,11 +67,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="Flickr8k; default: drawn shapes, long captions"
     )
-    parser.add_argument("--only", nargs="+", choices=[*CONTESTANTS], help="some of the contestants")
+    parser.add_argument("--switches", action="store_true", help="what each switch of `fast` gains instead")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CONTESTANTS, *SWITCHES], metavar="NAME", help="some of the contestants"
+    )
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of all alike")
     parser.add_argument("--threads", type=int, default=None, metavar="N")
     args = parser.parse_args(argv)
-    result = measure(args, args.only or list(CONTESTANTS))
+    known = [name for name in SWITCHES if name not in UNASKED] if args.switches else list(CONTESTANTS)
+    names = args.only or known
+    if not set(names) <= set(SWITCHES if args.switches else CONTESTANTS):
+        parser.error("switches are measured with --switches, ours beside theirs without")
+    result = measure(args, names)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -94,7 +121,7 @@ def measure(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "steps": args.steps,
         "precision": args.precision,
         "figures": figures,
-        "ratios": ratios(figures),
+        "ratios": gains(figures) if args.switches else ratios(figures),
     }
 
 
@@ -113,6 +140,20 @@ def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
                 found[f"{ours} / {theirs}, {label}: memory"] = (
                     figures[mine]["peak_memory"] / figures[other]["peak_memory"]
                 )
+    return found
+
+
+def gains(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Each switch on over the same switch off, everything else as it is: speed, and peak memory."""
+    found = {}
+    for name, changes in SWITCHES.items():
+        if not changes or name not in figures or "ours" not in figures:
+            continue
+        switched_on = bool(changes[name])
+        on, off = (name, "ours") if switched_on else ("ours", name)
+        speed = figures[on]["captions_per_second"] / figures[off]["captions_per_second"]
+        found[f"{name}, on / off"] = speed
+        found[f"{name}, on / off: memory"] = figures[on]["peak_memory"] / figures[off]["peak_memory"]
     return found
 
 
@@ -147,8 +188,12 @@ def work(pipe: Connection, name: str, options: dict[str, Any]) -> None:
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    adapter, ours, warm = CONTESTANTS[name]
-    contestant = (Ours if ours else Theirs)(adapter, warm, options)
+    contestant: Contestant
+    if options["switches"]:
+        contestant = Switched(name, options)
+    else:
+        adapter, ours, warm = CONTESTANTS[name]
+        contestant = (Ours if ours else Theirs)(adapter, warm, options)
     pipe.send("ready")
     while (batch := pipe.recv()) is not None:
         began = time.perf_counter()
@@ -162,7 +207,7 @@ def work(pipe: Connection, name: str, options: dict[str, Any]) -> None:
 def captioned(options: dict[str, Any]) -> list[Any]:
     """Pictures with five captions each, enough for every batch."""
     from vlm.data.sources import read_dataset
-    from vlm.train.prepare import spoken
+    from vlm.data.text import spoken
     from vlm.train.shapes import shapes
 
     count = options["pictures"] * BATCHES
@@ -246,7 +291,9 @@ class Contestant:
 
 
 class Ours(Contestant):
-    """A picture's captions share a row; the switches are those of the recipes."""
+    """A picture's captions share a row; the switches are those of the recipes, but for `changes`."""
+
+    changes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, adapter: str, warm: bool, options: dict[str, Any]) -> None:
         super().__init__(adapter, warm, options)
@@ -256,18 +303,34 @@ class Ours(Contestant):
         if self.narrow:
             self.model.language.halve()
         keeps = warm and adapter == "flamingo"
-        self.of = fast.prepare(self.model, FastConfig(lower_cache=512 if keeps else 0))
+        self.fast = FastConfig(**{"lower_cache": LOWER_CACHE if keeps else 0, **self.changes})
+        self.of = fast.prepare(self.model, self.fast)
         self.model.train()
         self.optimise(self.model.trainable())
 
     def loss(self, batch: int) -> Any:
+        from vlm.data.collate import rows_of
+
         processor, first = self.model.processor, batch * self.size
-        rows = [
-            processor.row([processor.tokens(example, answer) for answer in example.answers])
-            for example in self.examples[first : first + self.size]
-        ]
+        rows = []
+        for example in self.examples[first : first + self.size]:
+            told = [(processor.tokens(example, answer), 1.0) for answer in example.answers]
+            rows += rows_of(told, processor, self.fast.shared_rows)
         made = processor.batch(rows)
-        return self.of(made, self.features(batch), 0.0) / made.label_weights.sum()
+        features = self.features(batch, len(rows) // self.size)
+        return self.of(made, features, 0.0) / made.label_weights.sum()
+
+
+class Switched(Ours):
+    """The Flamingo recipe with its features kept, and one switch changed."""
+
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        self.changes = SWITCHES[name]
+        super().__init__("flamingo", True, options)
+        if self.fast.length_groups:
+            order = sorted(range(len(self.examples)), key=lambda i: sum(map(len, self.examples[i].answers)))
+            self.examples = [self.examples[i] for i in order]
+            self.pictures = [self.pictures[i] for i in order]
 
 
 class Theirs(Contestant):
