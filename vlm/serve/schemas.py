@@ -8,11 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from vlm.serve.errors import APIError
 
 Text = Annotated[str, Field(max_length=200_000)]
+
+
+def _worded(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "It must hold more than blanks")
+    return text
+
+
+Worded = AfterValidator(_worded)
+"""Refuses a text of blanks alone."""
 
 
 class Strict(BaseModel):
@@ -120,10 +138,17 @@ class FeedbackRequest(Strict):
 
     consent: bool
     messages: Annotated[list[Message], Field(min_length=1, max_length=128)]
-    answer: Annotated[str, Field(min_length=1, max_length=20_000)]
+    answer: Annotated[str, Field(min_length=1, max_length=20_000), Worded]
     verdict: Literal["up", "down"]
-    correction: Annotated[str, Field(min_length=1, max_length=2_000)] | None = None
+    correction: Annotated[str, Field(min_length=1, max_length=2_000), Worded] | None = None
     model: Annotated[str, Field(max_length=200)] = ""
+
+    @field_validator("correction")
+    @classmethod
+    def _only_of_a_bad_answer(cls, correction: str | None, seen: ValidationInfo) -> str | None:
+        if correction is not None and seen.data.get("verdict") == "up":
+            raise PydanticCustomError("liked", "An answer that was liked needs no correction")
+        return correction
 
 
 class AttentionRequest(Strict):
