@@ -22,6 +22,8 @@ from vlm.bench.serve import FLAT, Reply, growing, growth, judge
 from vlm.bench.serve import ask as ask_patiently
 
 if TYPE_CHECKING:
+    import httpx
+
     from vlm.model import VLM
 
 STRANGERS = 500
@@ -129,6 +131,13 @@ def test_a_load_on_a_server_that_forgets_to_close_files_fails(
     assert result["answers"] == result["equal"] + result.get("near-tie", 0) > 0
 
 
+@pytest.fixture(scope="module")
+def client(make_tiny: Callable[..., VLM], served: Callable[..., Any]) -> Iterator[httpx.Client]:
+    """A tiny model's server, for requests that leave it as it was."""
+    with served(make_tiny()) as client:
+        yield client
+
+
 def chat(make: Any, **more: Any) -> dict[str, Any]:
     return {"model": "model", "messages": [make.user("What?", make.url(1))], "max_tokens": 8, **more}
 
@@ -204,6 +213,55 @@ def test_a_failure_in_mid_stream_is_an_error_frame_and_the_next_is_answered(
         assert "zebrafish" not in broken.text + refused.text
         again = client.post("/v1/chat/completions", json=chat(make)).json()["choices"][0]["message"]
         assert again == whole
+
+
+@pytest.mark.parametrize("nothing", ["", None, " \n", [{"type": "text", "text": ""}]])
+def test_an_answer_of_no_words_is_passed_over(
+    client: httpx.Client, make: Any, nothing: str | list[dict[str, str]] | None
+) -> None:
+    first, second = make.user("What?", make.url(1)), make.user("And now?")
+    empty = {"role": "assistant", "content": nothing}
+    asked = {"model": "model", "max_tokens": 4}
+    plain, passed = (
+        client.post("/v1/chat/completions", json={**asked, "messages": messages})
+        for messages in ([first, second], [first, empty, second, empty])
+    )
+    assert passed.status_code == 200
+    assert passed.json()["choices"] == plain.json()["choices"]
+    assert passed.json()["usage"] == plain.json()["usage"]
+
+
+USER: dict[str, Any] = {"role": "user"}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": "https://x"}]}]},
+         "messages.0.content.0.image_url", "object"),
+        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": ""}}]}]},
+         "messages.0.content.0.image_url.url", "at least 1 character"),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]}]},
+         "messages.0.content.1", "text or image_url"),
+        ({"messages": [{**USER, "content": [{"text": "x"}]}]}, "messages.0.content.0", "text or image_url"),
+        ({"messages": [{**USER, "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
+        ({"messages": [{**USER, "content": None}]}, "messages.0.content", "text or a list of parts"),
+        ({"messages": [{**USER, "content": []}]}, "messages.0.content", "at least 1 item"),
+        ({"messages": [{"role": "text", "content": "x"}]}, "messages.0.role", "'user'"),
+        ({"stop": list("abcde")}, "stop", "at most 4 items"),
+        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+    ],
+)  # fmt: skip
+def test_a_complaint_is_about_what_is_wrong(
+    client: httpx.Client, change: dict[str, Any], param: str, said: str
+) -> None:
+    body = {"model": "model", "messages": [{**USER, "content": "x"}], **change}
+    reply = client.post("/v1/chat/completions", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (422, "invalid_request", param)
+    assert error["message"].startswith(f"{param}: ") and said in error["message"]
 
 
 def test_an_engine_that_stands_still_is_503(

@@ -244,6 +244,19 @@ def test_a_stream_that_breaks_says_so(visit: Any, files: Any) -> None:
     expect(answer.locator(".note")).to_have_text("Too late.")
 
 
+def test_an_answer_of_no_words_does_not_end_the_conversation(visit: Any, files: Any) -> None:
+    page = visit()
+    nothing = 'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=nothing), times=1)
+    answer = ask(page, "What is it?", files(1))
+    expect(answer.locator(".note")).to_have_text("No answer.")
+    expect(page.locator("#status")).to_have_text("No answer.")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        following = ask(page, "And what colour?")
+    expect(following.locator(".words")).not_to_be_empty()
+    assert [message["role"] for message in sent.value.post_data_json["messages"]] == ["user", "user"]
+
+
 def test_model_output_stays_text(visit: Any, files: Any) -> None:
     page = visit()
     text = "<img src=x onerror=window.hacked=1> ![x](https://evil.example/y.png) "

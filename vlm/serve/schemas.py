@@ -67,7 +67,16 @@ class Message(Strict):
     """One turn; `system` and `developer` words go before the first user's."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)] | None
+
+    @field_validator("content")
+    @classmethod
+    def _nothing_of_the_assistant_alone(
+        cls, content: str | list[Part] | None, seen: ValidationInfo
+    ) -> str | list[Part] | None:
+        if content is None and seen.data.get("role") != "assistant":
+            raise PydanticCustomError("nothing", "Input should be text or a list of parts")
+        return content
 
 
 class StreamOptions(Strict):

@@ -156,6 +156,10 @@ async function answer(turn) {
 function finish(turn, asked, text, problem) {
   const note = $(".note", turn);
   const stopped = problem?.name === "AbortError";
+  if (!problem && !text) {
+    note.textContent = "No answer.";
+    note.hidden = false;
+  }
   if (problem) {
     note.textContent = stopped ? "Stopped." : problem.message;
     note.hidden = false;
@@ -163,8 +167,9 @@ function finish(turn, asked, text, problem) {
   }
   const whole = !problem || (stopped && text);
   // A question that failed leaves the conversation, so that what was wrong with it does not spoil the next.
-  if (whole) messages.push({ role: "assistant", content: text });
-  else messages.pop();
+  // One that got no words stays, for its pictures.
+  if (!whole) messages.pop();
+  else if (text) messages.push({ role: "assistant", content: text });
   const again = $(".again", turn);
   again.hidden = whole || problem.code === "invalid_image";
   again.onclick = () => {
@@ -182,7 +187,7 @@ function finish(turn, asked, text, problem) {
   const look = $(".look", turn);
   look.hidden = !(config.attention && whole && text);
   look.onclick = () => showLook(turn, asked, text);
-  say(problem ? note.textContent : `Answer: ${text}`);
+  say(note.hidden ? `Answer: ${text}` : note.textContent);
 }
 
 async function copy(text) {
