@@ -7,12 +7,14 @@ import json
 import os
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi")
@@ -22,8 +24,6 @@ from vlm.bench.serve import FLAT, Reply, growing, growth, judge
 from vlm.bench.serve import ask as ask_patiently
 
 if TYPE_CHECKING:
-    import httpx
-
     from vlm.model import VLM
 
 STRANGERS = 500
@@ -117,6 +117,7 @@ def test_a_load_on_a_server_that_forgets_to_close_files_fails(
                 thread.join()
 
     honest = bench.request
+    monkeypatch.setattr(bench, "LONG_WORDS", 20)
     monkeypatch.setattr(bench, "running_server", leaking)
     monkeypatch.setattr(bench, "request", lambda number: {**honest(number), "model": "model"})
     try:
@@ -166,6 +167,91 @@ def test_a_stream_has_the_log_probabilities_of_the_whole_answer(
     for choice in whole["choices"]:
         assert told[choice["index"]] == choice["logprobs"]["content"]
         assert ends[choice["index"]] == choice["finish_reason"]
+
+
+def test_every_token_has_its_own_bytes(client: httpx.Client) -> None:
+    """Warm enough to write halves of characters, which are no text by themselves."""
+    body = {"model": "model", "messages": [{"role": "user", "content": "😀😀 猫 Ω"}], "logprobs": True}
+    body |= {"temperature": 2, "seed": 5, "max_tokens": 24}
+    reply = client.post("/v1/chat/completions", json=body).json()
+    choice = reply["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == reply["usage"]["completion_tokens"] - (choice["finish_reason"] == "stop")
+    spelled = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert spelled.decode(errors="replace").strip() == choice["message"]["content"]
+    halves = [entry for entry in entries if entry["token"].startswith("\\x")]
+    assert halves
+    for entry in entries:
+        if entry in halves:
+            assert entry["token"] == "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
+        else:
+            assert entry["token"].encode() == bytes(entry["bytes"])
+
+
+LONG = "a dog runs on the grass while the man in the red shirt is standing " * 7
+"""More than a hundred tokens of the tiny vocabulary, of which it can read 256."""
+
+
+def test_prompts_of_many_slices_are_answered_as_alone(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [LONG, "What?", LONG[:300], "a", LONG[5:200], "on the grass"]
+    bodies = [
+        {**chat(make, logprobs=True), "messages": [make.user(text, make.url(number))]}
+        for number, text in enumerate(texts)
+    ]
+    with served(make_tiny()) as client:
+        alone = [ask_patiently(client, body)[0] for body in bodies]
+        monkeypatch.setattr("vlm.serve.engine.SLICE", 16)
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            together = list(pool.map(lambda body: ask_patiently(client, body)[0], bodies * 3))
+    assert Counter(map(judge, alone * 3, together)).keys() <= {"equal", "near-tie"}
+
+
+def test_a_long_prompt_holds_nobody_up_and_is_dropped_with_its_client(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model that takes 20 ms a token: the long prompt takes seconds, a slice a third of one."""
+    model = make_tiny()
+    monkeypatch.setattr("vlm.serve.engine.SLICE", 16)
+
+    def slow(_: object, args: Any, kwargs: Any) -> None:
+        time.sleep(0.02 * (args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    def running() -> int:
+        lines = client.get("/metrics").text.splitlines()
+        return int(float(next(line for line in lines if line.startswith("vlm_answers_running ")).split()[1]))
+
+    long = {"model": "model", "messages": [{"role": "user", "content": LONG}], "max_tokens": 2}
+    with served(model) as client:
+        hook = model.language.layers[0].register_forward_pre_hook(slow, with_kwargs=True)
+        with ThreadPoolExecutor(1) as pool:
+            started = time.monotonic()
+            whole = pool.submit(client.post, "/v1/chat/completions", json=long)
+            time.sleep(0.2)
+            short = client.post("/v1/chat/completions", json={**chat(make), "max_tokens": 2})
+            assert short.status_code == 200 and not whole.done()
+            assert whole.result().status_code == 200
+        assert time.monotonic() - started > 2
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/chat/completions", json=long, timeout=0.5)
+        end = time.monotonic() + 1
+        while running() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert running() == 0
+        hook.remove()
+
+
+def test_grounds_are_told_of_so_many_tokens(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    from vlm.serve.settings import Settings
+
+    body = {"model": "model", "messages": [make.user("What?", make.url(1))], "answer": "a dog"}
+    with served(make_tiny(), Settings(attention_tokens=64)) as client:
+        assert client.post("/v1/attention", json=body).status_code == 200
+        refused = client.post("/v1/attention", json={**body, "answer": "a dog runs " * 30})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_a_narrow_nucleus_is_greedy(

@@ -206,7 +206,7 @@ def _add_models(app: FastAPI, model_id: str, settings: Settings, feedback: bool)
         """What the page may offer."""
         return PageConfig(
             model=model_id, feedback=feedback, attention=True, max_images=settings.max_images,
-            max_image_bytes=settings.max_image_bytes, max_text=settings.max_text,
+            max_image_bytes=settings.max_image_bytes, max_body=settings.max_body, max_text=settings.max_text,
         )  # fmt: skip
 
 

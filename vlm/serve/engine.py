@@ -28,7 +28,7 @@ from vlm.serve.settings import Settings
 
 if TYPE_CHECKING:
     from vlm.decoder import Prefill
-    from vlm.generation import DecodeBatch, DecodeRequest, Event, Writer
+    from vlm.generation import DecodeBatch, DecodeRequest, Event
     from vlm.model import VLM
 
 T = TypeVar("T")
@@ -40,10 +40,11 @@ stutter, and whoever hangs up wait for what nobody wants."""
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one decoding step added to an answer."""
+    """What one decoding step added to an answer: the text that became certain, and the token's own bytes
+    (None for the end of the answer)."""
 
     text: str
-    token: str
+    token: bytes | None
     logprob: float
     finish_reason: Literal["stop", "length"] | None
 
@@ -151,7 +152,7 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._reading: deque[_Reading] = deque()
-        self._running: dict[int, tuple[Ticket, Writer]] = {}
+        self._running: dict[int, Ticket] = {}
         self._wake = threading.Condition()
         self._admitted = 0
         self._stopping = False
@@ -273,7 +274,7 @@ class Engine:
             left.extend(gone)
             return gone
 
-        slots = {ticket: slot for slot, (ticket, _) in self._running.items()}
+        slots = {ticket: slot for slot, ticket in self._running.items()}
         for ticket in leaving(slots):
             batch.remove(slots[ticket])
             del self._running[slots[ticket]]
@@ -320,18 +321,18 @@ class Engine:
             self._reading.rotate(-1)
             return
         for slot, ticket in zip(slots, reading.tickets, strict=True):
-            self._running[slot] = ticket, batch.writer(slot)
+            self._running[slot] = ticket
             self._metrics.tokens.labels("prompt").inc(ticket.question.prompt_tokens)
         self._reading.popleft()
 
     def _hand_over(self, event: Event) -> None:
-        ticket, writer = self._running[event.slot]
+        ticket = self._running[event.slot]
         if not ticket.started:
             ticket.started = True
             self._metrics.first_token.observe(time.monotonic() - ticket.created)
         self._metrics.tokens.labels("completion").inc()
-        ended = event.token == self.model.language.frame.end
-        token = "" if ended else writer.tokens[-1].text
+        language = self.model.language
+        token = None if event.token == language.frame.end else language.token_bytes(event.token)
         piece = Piece(event.text, token, event.logprob, event.finish_reason)
         if event.finish_reason:
             del self._running[event.slot]
@@ -345,7 +346,7 @@ class Engine:
 
     def _fail_all(self, error: APIError) -> None:
         with self._wake:
-            tickets = [ticket for ticket, _ in self._running.values()]
+            tickets = list(self._running.values())
             self._running.clear()
             if self._stopping:
                 tickets += [ticket for reading in self._reading for ticket in reading.tickets]

@@ -264,6 +264,7 @@ class PageConfig(BaseModel):
     attention: bool
     max_images: int
     max_image_bytes: int
+    max_body: int
     max_text: int
 
 
