@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ SQLITE = b"SQLite format 3\0"
 
 @dataclass(frozen=True)
 class Preferences:
-    """The pairs of a file, and how many of its opinions make no pair (an export holds none of those)."""
+    """The pairs of a file, and how many of its rows or opinions make none."""
 
     pairs: list[PreferencePair]
     unused: int = 0
@@ -53,22 +53,33 @@ def read_preferences(path: Path) -> Preferences:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{path} cannot be read: {problem}") from problem
-    find = picture_finder(path.parent)
-    pairs = []
+    return _collected(_rows(text, path), picture_finder(path.parent))
+
+
+def _rows(text: str, path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Of every line that is not empty: its place, the name of a pair that says none, its JSON."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            place = f"{path}:{number}"
             try:
-                pairs.append(pair_of(json.loads(line), f"{path.stem}-{number}", find))
+                yield f"{path}:{number}", f"{path.stem}-{number}", json.loads(line)
             except (json.JSONDecodeError, RecursionError) as problem:
-                raise DataError(f"{place}: not JSON ({problem})") from problem
-            except RowError as problem:
-                raise DataError(f"{place}: {_said(problem)}") from problem
-    return Preferences(pairs)
+                raise DataError(f"{path}:{number}: not JSON ({problem})") from problem
 
 
-def _said(problem: RowError) -> str:
-    return problem.cause + (f" ({problem.detail})" if problem.detail else "")
+def _collected(rows: Iterable[tuple[str, str, Any]], find: Find, unused: int = 0) -> Preferences:
+    """The pairs of rows with their places and names; what makes none is added to `unused`."""
+    pairs = []
+    for place, name, row in rows:
+        try:
+            pair = pair_of(row, name, find)
+        except RowError as problem:
+            said = problem.cause + (f" ({problem.detail})" if problem.detail else "")
+            raise DataError(f"{place}: {said}") from problem
+        if pair is None:
+            unused += 1
+        else:
+            pairs.append(pair)
+    return Preferences(pairs, unused)
 
 
 def _read_database(path: Path) -> Preferences:
@@ -84,30 +95,25 @@ def _read_database(path: Path) -> Preferences:
                 pictures[name] = found[0]
     except (sqlite3.Error, ValueError, TypeError, KeyError) as problem:
         raise DataError(f"{path} is no feedback database: {problem}") from problem
-    pairs = []
-    for row in rows:
-        try:
-            pairs.append(pair_of(row, row["id"], pictures.__getitem__))
-        except RowError as problem:
-            raise DataError(f"{path}: {row['id']}: {_said(problem)}") from problem
-    return Preferences(pairs, unused)
+    named = ((f"{path}: {row['id']}", row["id"], row) for row in rows)
+    return _collected(named, pictures.__getitem__, unused)
 
 
-def pair_of(row: Any, name: str, find: Find) -> PreferencePair:
-    """The pair of one JSON object.
+def pair_of(row: Any, name: str, find: Find) -> PreferencePair | None:
+    """The pair of one JSON object; None where an answer is blank, as in exports of older servers.
 
     Args:
         name: the pair's id where it says none.
         find: what a picture's name stands for; raises `RowError`.
 
     Raises:
-        RowError: it is none.
+        RowError: it is no pair at all.
     """
     if not isinstance(row, Mapping):
         raise RowError("not a JSON object", str(row)[:60])
     chosen, rejected = (_text(row, key).strip() for key in ("chosen", "rejected"))
     if not chosen or not rejected:
-        raise RowError("an answer is empty")
+        return None
     if chosen == rejected:
         raise RowError("chosen and rejected are the same answer", chosen[:60])
     images = row.get("images", [])

@@ -53,33 +53,10 @@ class DecoderState:
     def prefill(
         cls, model: VLM, rows: Sequence[Row], features: Tensor, latents: Tensor | None = None
     ) -> tuple[DecoderState, Tensor]:
-        """Reads the prompts: the state after them and the (B, K, V) next logits.
-
-        Every conversation of a row is a branch; a row with fewer than another repeats its last one.
-
-        Args:
-            features: (I, N, D_v) of the rows' images in reading order.
-            latents: (I, L, W) that the adapter makes of them, where they are known already.
-        """
-        batch = model.processor.batch(rows, left=True).to(model.device)
-        cache = KeyValueCache()
-        conditioning = model.condition(batch, features.to(model.device), latents)
-        hidden = model.hidden(batch, conditioning, cache)
-        longest = batch.ids.shape[1]
-        ends = _rectangle(
-            [[longest - len(row.codes) + end for end in row.ends] for row in rows], model.device
-        )
-        each = torch.arange(len(rows), device=model.device)[:, None]
-        state = cls(
-            model,
-            cache,
-            batch.mask[each, ends],
-            batch.positions[each, ends] + 1,
-            batch.groups[:, -1],
-            batch.layout,
-            conditioning,
-        )
-        return state, model.language.logits(hidden[each, ends])
+        """Reads the prompts at once: see `Prefill`."""
+        prompts = Prefill(model, rows, features, latents)
+        prompts.read(prompts.left)
+        return prompts.state()
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
@@ -162,6 +139,62 @@ class DecoderState:
             ImageLayout.join([self.layout, other.layout]),
             self.conditioning.join([other.conditioning]),
         )
+
+
+class Prefill:
+    """Prompts that are being read, slice by slice along their nodes, so that others need not wait for all.
+
+    A row's nodes stand before those that continue them: what a slice looks at is in the cache already.
+
+    Args:
+        features: (I, N, D_v) of the rows' images in reading order.
+        latents: (I, L, W) that the adapter makes of them, where they are known already.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: VLM, rows: Sequence[Row], features: Tensor, latents: Tensor | None = None
+    ) -> None:
+        self._model, self._rows = model, rows
+        self._batch = model.processor.batch(rows, left=True).to(model.device)
+        self._conditioning = model.condition(self._batch, features.to(model.device), latents)
+        self._cache = KeyValueCache()
+        self._hidden: list[Tensor] = []
+        self.left = self._batch.ids.shape[1]
+        """Nodes of the longest row that are not read yet."""
+
+    @torch.inference_mode()
+    def read(self, most: int) -> None:
+        """Reads the next nodes of every row, at most so many."""
+        longest = self._batch.ids.shape[1]
+        begin = longest - self.left
+        end = min(begin + most, longest)
+        part = self._batch.slice(begin, end)
+        self._hidden.append(self._model.hidden(part, self._conditioning, self._cache))
+        self.left = longest - end
+
+    @torch.inference_mode()
+    def state(self) -> tuple[DecoderState, Tensor]:
+        """When all is read: the state after the prompts and the (B, K, V) next logits.
+
+        Every conversation of a row is a branch; a row with fewer than another repeats its last one.
+        """
+        model, batch, rows = self._model, self._batch, self._rows
+        longest = batch.ids.shape[1]
+        ends = _rectangle(
+            [[longest - len(row.codes) + end for end in row.ends] for row in rows], model.device
+        )
+        each = torch.arange(len(rows), device=model.device)[:, None]
+        state = DecoderState(
+            model,
+            self._cache,
+            batch.mask[each, ends],
+            batch.positions[each, ends] + 1,
+            batch.groups[:, -1],
+            batch.layout,
+            self._conditioning,
+        )
+        return state, model.language.logits(torch.cat(self._hidden, dim=1)[each, ends])
 
 
 def _rectangle(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

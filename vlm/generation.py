@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlm.answer import FinishReason, TokenLogprob
 from vlm.config import GenerationConfig
-from vlm.decoder import DecoderState, finite
+from vlm.decoder import DecoderState, Prefill, finite
 from vlm.processor import Row
 
 if TYPE_CHECKING:
@@ -164,13 +164,23 @@ class DecodeBatch:
         return sum(map(len, self._slots))
 
     def add(self, requests: Sequence[DecodeRequest]) -> list[int]:
-        """Reads the prompts and returns the numbers of their slots."""
+        """Reads the prompts at once and returns the numbers of their slots."""
         if not requests:
             return []
+        prompts = self.begin(requests)
+        prompts.read(prompts.left)
+        return self.join(requests, prompts)
+
+    def begin(self, requests: Sequence[DecodeRequest]) -> Prefill:
+        """The prompts, to be read slice by slice between steps, and then to `join`."""
         features = torch.cat([request.features for request in requests])
         known = [request.latents for request in requests if request.latents is not None]
         latents = torch.cat(known) if len(known) == len(requests) else None
-        state, logits = DecoderState.prefill(self.model, [r.row for r in requests], features, latents)
+        return Prefill(self.model, [request.row for request in requests], features, latents)
+
+    def join(self, requests: Sequence[DecodeRequest], prompts: Prefill) -> list[int]:
+        """Takes in prompts that have been read and returns the numbers of their slots."""
+        state, logits = prompts.state()
         if self._state is None or self._logits is None:
             self._state, self._logits = state, logits
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from vlm.errors import WeightsError
 from vlm.packed import PackedLinear
 
 BeforeLayer = Callable[[int, Tensor], Tensor]
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""How vocabularies of text spell a byte that none of their pieces covers."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,27 @@ class LanguageModel(nn.Module):
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which may be a part of a character."""
+        piece = str(self.tokenizer.convert_ids_to_tokens(token))
+        if token in self.tokenizer.added_tokens_decoder:
+            return piece.encode()
+        if self._letters:
+            return b"".join(self._letters.get(letter, letter.encode()) for letter in piece)
+        if byte := _BYTE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _letters(self) -> dict[str, bytes]:
+        """The byte behind each letter of a byte-level vocabulary; empty where the vocabulary holds text."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        decoder = self.tokenizer.backend_tokenizer.decoder
+        if decoder is None or b"ByteLevel" not in decoder.__getstate__():
+            return {}
+        return {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
     def embed(self, ids: Tensor) -> Tensor:
         """(..., ) ids -> (..., D)."""

@@ -1,7 +1,8 @@
 """From opinions to preference pairs: the rules that the server's export and training share.
 
 A correction makes a pair (the correction before the answer); thumbs make one only where an answer that was
-liked and one that was not stand for the same conversation. The rest is counted as unused.
+liked and one that was not stand for the same conversation. The rest is counted as unused, and so is a pair
+one of whose answers is blank: nobody can learn to say it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def make_pairs(opinions: Sequence[Opinion]) -> tuple[list[dict[str, Any]], int]:
     disliked: dict[str, list[tuple[int, str]]] = defaultdict(list)
 
     def pair(conversation: str, chosen: str, rejected: str, numbers: tuple[int, ...]) -> None:
-        if chosen.strip() == rejected.strip():
+        if not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
             return
         used.update(numbers)
         if (key := (conversation, chosen, rejected)) not in seen:

@@ -108,6 +108,16 @@ class Batch:
     question_ids: Tensor | None = None
     question_mask: Tensor | None = None
 
+    def slice(self, begin: int, end: int) -> Batch:
+        """The nodes from `begin` to before `end`, which see those that stand before them as well.
+
+        Labels and images stay the whole batch's.
+        """
+        parts = {
+            name: getattr(self, name)[:, begin:end] for name in ("ids", "soft_index", "positions", "groups")
+        }
+        return replace(self, mask=self.mask[:, begin:end, :end], **parts)
+
     def to(self, device: torch.device | str) -> Batch:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         layout = ImageLayout(*(getattr(self.layout, n).to(device) for n in ("image", "group", "place")))

@@ -90,7 +90,6 @@ TURNS = {"images": ["red.png"], "turns": ASKED, "chosen": "a", "rejected": "b"}
         ("{broken", "not JSON"),
         ("[1]", "not a JSON object"),
         (json.dumps({**GOOD, "chosen": "b"}), "the same answer"),
-        (json.dumps({**GOOD, "chosen": " "}), "an answer is empty"),
         (json.dumps({**GOOD, "rejected": 5}), "rejected is no text"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "chosen"}), "chosen is missing"),
         (json.dumps({**GOOD, "images": ["absent.png"]}), r"picture missing \(absent.png\)"),
@@ -112,6 +111,20 @@ def test_a_bad_line_is_one_error_with_its_file_and_line(tmp_path: Path, line: st
         read_preferences(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_blank_answer_makes_no_pair_and_spoils_no_file(database: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(database) as db:  # as servers stored it that did not refuse it
+        db.execute("UPDATE feedback SET correction = '   ' WHERE correction = 'red and blue'")
+    exported = FeedbackStore(database).export(tmp_path / "out")
+    direct = read_preferences(database)
+    assert len(direct.pairs) == len(read_preferences(tmp_path / "out").pairs) == exported.pairs == 3
+    assert direct.unused == exported.unused == 3
+    RED.save(tmp_path / "red.png")
+    blank = [{**GOOD, "chosen": " "}, {**GOOD, "rejected": ""}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [GOOD, *blank, TURNS])))
+    mine = read_preferences(tmp_path / "mine.jsonl")
+    assert (len(mine.pairs), mine.unused) == (2, 2)
 
 
 def test_files_that_are_neither(tmp_path: Path) -> None:

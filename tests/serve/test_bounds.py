@@ -121,6 +121,16 @@ def test_cors_for_the_named_origin_alone(small: Any) -> None:
     assert "access-control-allow-origin" not in other.headers
     refused = httpx.post(url, headers={"Origin": "https://chat.example"})
     assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+    assert refused.headers["access-control-expose-headers"] == "retry-after, x-request-id"
+
+
+def test_cors_lets_openais_javascript_client_in(small: Any) -> None:
+    wanted = "authorization,content-type,x-stainless-arch,x-stainless-retry-count, X-Stainless-Lang"
+    ask = {"Access-Control-Request-Method": "POST", "Origin": "https://chat.example"}
+    ask["Access-Control-Request-Headers"] = f"{wanted},x-evil"
+    reply = httpx.options(f"{small.url}/v1/chat/completions", headers=ask)
+    allowed = reply.headers["access-control-allow-headers"].split(", ")
+    assert {name.strip().lower() for name in wanted.split(",")} == set(allowed)
 
 
 def test_a_full_queue_gives_429_and_leaving_it_frees_it(small: Any, make: Any) -> None:

@@ -7,12 +7,14 @@ import json
 import os
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi")
@@ -115,6 +117,7 @@ def test_a_load_on_a_server_that_forgets_to_close_files_fails(
                 thread.join()
 
     honest = bench.request
+    monkeypatch.setattr(bench, "LONG_WORDS", 20)
     monkeypatch.setattr(bench, "running_server", leaking)
     monkeypatch.setattr(bench, "request", lambda number: {**honest(number), "model": "model"})
     try:
@@ -127,6 +130,13 @@ def test_a_load_on_a_server_that_forgets_to_close_files_fails(
     assert result["descriptors"][-1] - result["descriptors"][1] > FLAT["descriptors"]
     assert "descriptors has grown by" in capsys.readouterr().err
     assert result["answers"] == result["equal"] + result.get("near-tie", 0) > 0
+
+
+@pytest.fixture(scope="module")
+def client(make_tiny: Callable[..., VLM], served: Callable[..., Any]) -> Iterator[httpx.Client]:
+    """A tiny model's server, for requests that leave it as it was."""
+    with served(make_tiny()) as client:
+        yield client
 
 
 def chat(make: Any, **more: Any) -> dict[str, Any]:
@@ -157,6 +167,91 @@ def test_a_stream_has_the_log_probabilities_of_the_whole_answer(
     for choice in whole["choices"]:
         assert told[choice["index"]] == choice["logprobs"]["content"]
         assert ends[choice["index"]] == choice["finish_reason"]
+
+
+def test_every_token_has_its_own_bytes(client: httpx.Client) -> None:
+    """Warm enough to write halves of characters, which are no text by themselves."""
+    body = {"model": "model", "messages": [{"role": "user", "content": "😀😀 猫 Ω"}], "logprobs": True}
+    body |= {"temperature": 2, "seed": 5, "max_tokens": 24}
+    reply = client.post("/v1/chat/completions", json=body).json()
+    choice = reply["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == reply["usage"]["completion_tokens"] - (choice["finish_reason"] == "stop")
+    spelled = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert spelled.decode(errors="replace").strip() == choice["message"]["content"]
+    halves = [entry for entry in entries if entry["token"].startswith("\\x")]
+    assert halves
+    for entry in entries:
+        if entry in halves:
+            assert entry["token"] == "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
+        else:
+            assert entry["token"].encode() == bytes(entry["bytes"])
+
+
+LONG = "a dog runs on the grass while the man in the red shirt is standing " * 7
+"""More than a hundred tokens of the tiny vocabulary, of which it can read 256."""
+
+
+def test_prompts_of_many_slices_are_answered_as_alone(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [LONG, "What?", LONG[:300], "a", LONG[5:200], "on the grass"]
+    bodies = [
+        {**chat(make, logprobs=True), "messages": [make.user(text, make.url(number))]}
+        for number, text in enumerate(texts)
+    ]
+    with served(make_tiny()) as client:
+        alone = [ask_patiently(client, body)[0] for body in bodies]
+        monkeypatch.setattr("vlm.serve.engine.SLICE", 16)
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            together = list(pool.map(lambda body: ask_patiently(client, body)[0], bodies * 3))
+    assert Counter(map(judge, alone * 3, together)).keys() <= {"equal", "near-tie"}
+
+
+def test_a_long_prompt_holds_nobody_up_and_is_dropped_with_its_client(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model that takes 20 ms a token: the long prompt takes seconds, a slice a third of one."""
+    model = make_tiny()
+    monkeypatch.setattr("vlm.serve.engine.SLICE", 16)
+
+    def slow(_: object, args: Any, kwargs: Any) -> None:
+        time.sleep(0.02 * (args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    def running() -> int:
+        lines = client.get("/metrics").text.splitlines()
+        return int(float(next(line for line in lines if line.startswith("vlm_answers_running ")).split()[1]))
+
+    long = {"model": "model", "messages": [{"role": "user", "content": LONG}], "max_tokens": 2}
+    with served(model) as client:
+        hook = model.language.layers[0].register_forward_pre_hook(slow, with_kwargs=True)
+        with ThreadPoolExecutor(1) as pool:
+            started = time.monotonic()
+            whole = pool.submit(client.post, "/v1/chat/completions", json=long)
+            time.sleep(0.2)
+            short = client.post("/v1/chat/completions", json={**chat(make), "max_tokens": 2})
+            assert short.status_code == 200 and not whole.done()
+            assert whole.result().status_code == 200
+        assert time.monotonic() - started > 2
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/chat/completions", json=long, timeout=0.5)
+        end = time.monotonic() + 1
+        while running() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert running() == 0
+        hook.remove()
+
+
+def test_grounds_are_told_of_so_many_tokens(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    from vlm.serve.settings import Settings
+
+    body = {"model": "model", "messages": [make.user("What?", make.url(1))], "answer": "a dog"}
+    with served(make_tiny(), Settings(attention_tokens=64)) as client:
+        assert client.post("/v1/attention", json=body).status_code == 200
+        refused = client.post("/v1/attention", json={**body, "answer": "a dog runs " * 30})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_a_narrow_nucleus_is_greedy(
@@ -204,6 +299,55 @@ def test_a_failure_in_mid_stream_is_an_error_frame_and_the_next_is_answered(
         assert "zebrafish" not in broken.text + refused.text
         again = client.post("/v1/chat/completions", json=chat(make)).json()["choices"][0]["message"]
         assert again == whole
+
+
+@pytest.mark.parametrize("nothing", ["", None, " \n", [{"type": "text", "text": ""}]])
+def test_an_answer_of_no_words_is_passed_over(
+    client: httpx.Client, make: Any, nothing: str | list[dict[str, str]] | None
+) -> None:
+    first, second = make.user("What?", make.url(1)), make.user("And now?")
+    empty = {"role": "assistant", "content": nothing}
+    asked = {"model": "model", "max_tokens": 4}
+    plain, passed = (
+        client.post("/v1/chat/completions", json={**asked, "messages": messages})
+        for messages in ([first, second], [first, empty, second, empty])
+    )
+    assert passed.status_code == 200
+    assert passed.json()["choices"] == plain.json()["choices"]
+    assert passed.json()["usage"] == plain.json()["usage"]
+
+
+USER: dict[str, Any] = {"role": "user"}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": "https://x"}]}]},
+         "messages.0.content.0.image_url", "object"),
+        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": ""}}]}]},
+         "messages.0.content.0.image_url.url", "at least 1 character"),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]}]},
+         "messages.0.content.1", "text or image_url"),
+        ({"messages": [{**USER, "content": [{"text": "x"}]}]}, "messages.0.content.0", "text or image_url"),
+        ({"messages": [{**USER, "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
+        ({"messages": [{**USER, "content": None}]}, "messages.0.content", "text or a list of parts"),
+        ({"messages": [{**USER, "content": []}]}, "messages.0.content", "at least 1 item"),
+        ({"messages": [{"role": "text", "content": "x"}]}, "messages.0.role", "'user'"),
+        ({"stop": list("abcde")}, "stop", "at most 4 items"),
+        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+    ],
+)  # fmt: skip
+def test_a_complaint_is_about_what_is_wrong(
+    client: httpx.Client, change: dict[str, Any], param: str, said: str
+) -> None:
+    body = {"model": "model", "messages": [{**USER, "content": "x"}], **change}
+    reply = client.post("/v1/chat/completions", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (422, "invalid_request", param)
+    assert error["message"].startswith(f"{param}: ") and said in error["message"]
 
 
 def test_an_engine_that_stands_still_is_503(

@@ -6,7 +6,9 @@ import io
 import json
 import sqlite3
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -14,6 +16,11 @@ from PIL import Image
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import DataError
 from vlm.serve.feedback import FeedbackFull, FeedbackStore
+
+if TYPE_CHECKING:
+    import httpx
+
+    from vlm.model import VLM
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
 
@@ -104,3 +111,38 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         FeedbackStore(tmp_path / "f.db")
     with pytest.raises(DataError):
         FeedbackStore(tmp_path / "missing" / "f.db")
+
+
+@pytest.fixture(scope="module")
+def client(
+    make_tiny: Callable[..., VLM],
+    served: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[httpx.Client]:
+    """A tiny model's server that collects opinions."""
+    from vlm.serve.settings import Settings
+
+    with served(make_tiny(), Settings(feedback=tmp_path_factory.mktemp("opinions") / "f.db")) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({}, 200, None),
+        ({"correction": None, "verdict": "up"}, 200, None),
+        ({"correction": "   "}, 422, "correction"),
+        ({"correction": "\u2003\n"}, 422, "correction"),
+        ({"answer": " \t"}, 422, "answer"),
+        ({"verdict": "up"}, 422, "correction"),
+    ],
+)
+def test_an_opinion_that_says_nothing_or_contradicts_itself_is_refused(
+    client: httpx.Client, change: dict[str, Any], status: int, param: str | None
+) -> None:
+    messages = [{"role": "user", "content": "What is it?"}]
+    opinion = {"messages": messages, "answer": "a dog", "verdict": "down", "correction": "a cat"}
+    reply = client.post("/v1/feedback", json={"consent": True, **opinion, **change})
+    assert reply.status_code == status
+    if param:
+        assert reply.json()["error"]["param"] == param

@@ -56,3 +56,10 @@ def test_a_missing_file_and_a_bad_name(tmp_path: Path) -> None:
         Keys.read(tmp_path / "none")
     with pytest.raises(ConfigError, match="key name"):
         add_key(tmp_path / "keys", "a b")
+
+
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    key = add_key(path, "alice")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Keys.read(path).opens(f"Bearer {key}")

@@ -98,6 +98,16 @@ def test_a_declared_length_over_the_cap_is_refused_before_the_body(port: int) ->
         assert time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
+def test_a_compressed_body_is_refused(port: int, coding: str) -> None:
+    status, body = reply_to(port, post(3, f"Content-Encoding: {coding}") + b"abc")
+    assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_body_that_says_it_is_not_compressed(port: int) -> None:
+    assert reply_to(port, post(3, "Content-Encoding: Identity") + b"abc") == (200, 3)
+
+
 def test_an_endless_chunked_body_is_cut_off(port: int) -> None:
     with connect(port) as connection:
         connection.sendall(post("", "Transfer-Encoding: chunked"))

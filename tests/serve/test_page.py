@@ -6,12 +6,16 @@ import os
 import re
 import shutil
 import sqlite3
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -177,6 +181,10 @@ def test_drop_paste_and_camera(visit: Any, files: Any) -> None:
     expect(page.locator("#pictures img").last).to_have_attribute("alt", "photograph")
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 BAD = {
     "empty.png": b"",
     "words.png": b"this is no picture",
@@ -186,6 +194,11 @@ BAD = {
     "photo.heic": b"\0\0\0\x1cftypheic" + b"\0" * 40,
     "scan.tiff": b"II*\0" + b"\0" * 40,
     "archive.zip": b"PK\x03\x04",
+    "bomb.png": b"\x89PNG\r\n\x1a\n"
+    + png_chunk(b"IHDR", b"\0\0\xea\x60\0\0\xea\x60\x08\x02\0\0\0")
+    + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
+    + png_chunk(b"IEND", b""),
+    "huge.jpg": b"\xff\xd8\xff\xe0" + bytes(25 << 20),
     "script.svg": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
 }
 
@@ -203,6 +216,34 @@ def test_bad_files_are_refused_and_the_page_goes_on(
     page.set_input_files("#files", str(files(1)))
     expect(page.locator("#pictures li")).to_have_count(1)
     expect(page.locator("#trouble")).to_be_empty()
+
+
+def test_pictures_that_are_large_together_are_sent_smaller(visit: Any, tmp_path: Path) -> None:
+    """Eight PNGs of 3.8 MiB and one of 26 MiB: as they are, neither eight nor the one would be let in."""
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), dtype=np.uint8)
+    paths = []
+    for number, side in enumerate([1150] * 7 + [3000]):
+        paths.append(tmp_path / f"noise-{number}.png")
+        Image.fromarray(noise[:side, :side]).save(paths[-1], compress_level=0)
+    assert sum(path.stat().st_size for path in paths) > 50 << 20
+    page = visit()
+    page.set_input_files("#files", [str(path) for path in paths])
+    expect(page.locator("#pictures li")).to_have_count(8)
+    page.fill("#question", "What is it?")
+    with page.expect_response("**/v1/chat/completions") as replied:
+        page.click("#send")
+    assert replied.value.status == 200
+    assert len(replied.value.request.post_data_buffer) < 32 << 20
+
+
+def test_words_beyond_the_servers_bound_are_not_sent(visit: Any, files: Any) -> None:
+    page = visit()
+    page.set_input_files("#files", str(files(1)))
+    expect(page.locator("#pictures li")).to_have_count(1)
+    page.fill("#question", "word " * 7000)
+    page.click("#send")
+    expect(page.locator("#trouble")).to_contain_text("32000 characters")
+    assert page.locator(".turn").count() == 0
 
 
 def test_what_only_the_server_refuses_is_shown_and_does_not_spoil_the_next(
@@ -242,6 +283,19 @@ def test_a_stream_that_breaks_says_so(visit: Any, files: Any) -> None:
     answer = ask(page, "What is it?", files(1))
     expect(answer.locator(".words")).to_have_text("Hal")
     expect(answer.locator(".note")).to_have_text("Too late.")
+
+
+def test_an_answer_of_no_words_does_not_end_the_conversation(visit: Any, files: Any) -> None:
+    page = visit()
+    nothing = 'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=nothing), times=1)
+    answer = ask(page, "What is it?", files(1))
+    expect(answer.locator(".note")).to_have_text("No answer.")
+    expect(page.locator("#status")).to_have_text("No answer.")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        following = ask(page, "And what colour?")
+    expect(following.locator(".words")).not_to_be_empty()
+    assert [message["role"] for message in sent.value.post_data_json["messages"]] == ["user", "user"]
 
 
 def test_model_output_stays_text(visit: Any, files: Any) -> None:
@@ -325,6 +379,12 @@ def test_a_key_is_asked_for(visit: Any, start: Any, tmp_path_factory: pytest.Tem
     page.fill("#key", "wrong")
     page.press("#key", "Enter")
     expect(page.locator("#key-note")).to_have_text("That key does not open this server.")
+    # A key that no header can hold must not stop every later request.
+    page.fill("#key", "ключ")
+    page.press("#key", "Enter")
+    expect(page.locator("#key-note")).to_have_text("That key does not open this server.")
+    expect(page.locator("#key")).to_be_focused()
+    assert page.evaluate("sessionStorage.getItem('vlm-key')") == "wrong"
     # A wrong key whose refusal comes only after the right one was let in.
     late: list[Any] = []
     page.route("**/v1/page", lambda route: route.continue_() if late else late.append(route))
@@ -371,6 +431,25 @@ def test_the_keyboard_reaches_everything(visit: Any) -> None:
     assert reached[0] == "Skip to the question"
     assert {"A cat", "question", "choose", "camera", "send"} <= set(reached)
     assert "files" not in reached
+
+
+def test_the_keyboard_keeps_its_place_while_an_answer_comes(visit: Any, files: Any) -> None:
+    page = visit()
+    waiting: list[Any] = []
+    page.route("**/v1/chat/completions", waiting.append)
+    page.set_input_files("#files", str(files(1)))
+    expect(page.locator("#pictures li")).to_have_count(1)
+    page.fill("#question", "What is it?")
+    page.locator("#send").press("Enter")
+    expect(page.locator("#stop")).to_be_focused()
+    waiting[0].fulfill(status=200, body=canned("a cat"))
+    expect(page.locator("#question")).to_be_focused()
+    page.fill("#question", "And now?")
+    page.press("#question", "Enter")
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#question")).to_be_focused()
+    page.click("#stop")
+    expect(page.locator("#question")).to_be_focused()
 
 
 def test_the_policy_is_strict(server: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from vlm.answering import shown
 from vlm.conversation import Conversation
-from vlm.decoder import DecoderState
+from vlm.decoder import DecoderState, Prefill
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,6 +61,25 @@ def test_a_branch_reads_what_it_would_read_alone(tiny_model: VLM, draw: Draw) ->
             assert torch.allclose(logits[row, branch], alone, atol=1e-3)
     apart = (logits[0][:, None] - logits[0][None]).abs().amax(dim=-1)
     assert wide == 1 or bool((apart[~torch.eye(wide, dtype=torch.bool)] > 0).any())
+
+
+@pytest.mark.parametrize("most", [1, 7, 32])
+def test_prompts_read_in_slices_are_the_prompts_read_at_once(tiny_model: VLM, draw: Draw, most: int) -> None:
+    asks = [Conversation.ask([draw(2), draw(3)], "two dogs, " * 6), Conversation.ask([draw(1)], "what?")]
+    told = [shown(tiny_model, ask) for ask in asks]
+    rows, features = [row for row, _ in told], torch.cat([features for _, features in told])
+    whole, logits = DecoderState.prefill(tiny_model, rows, features)
+    prompts = Prefill(tiny_model, rows, features)
+    slices = 0
+    while prompts.left:
+        prompts.read(most)
+        slices += 1
+    state, sliced = prompts.state()
+    assert slices == -(-max(len(row.codes) for row in rows) // most)
+    assert torch.allclose(logits, sliced, atol=1e-3)
+    assert torch.equal(whole.seen, state.seen) and torch.equal(whole.positions, state.positions)
+    following = torch.tensor([[5], [9]])
+    assert torch.allclose(whole.advance(following), state.advance(following), atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -182,6 +182,28 @@ def test_a_vocabulary_that_spells_special_tokens_itself() -> None:
     assert encode("z") == [encode("\u2581")[0], 0]  # an unknown letter stays unknown
 
 
+def test_bytes_of_a_byte_level_vocabulary(make_tiny: Callable[..., VLM]) -> None:
+    language = make_tiny("flamingo").language
+    text = "the dog, 😀 猫\u00a0Ω\n"
+    ids = language.encode_text(text)
+    assert b"".join(map(language.token_bytes, ids)) == text.encode()
+    assert b"\xf0" in map(language.token_bytes, ids)  # a quarter of a face
+
+
+def test_bytes_of_a_vocabulary_of_text(
+    make_tiny: Callable[..., VLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = {"<unk>": 0, "\u2581dog": 1, "<0xF0>": 2, "猫": 3}
+    backend = Tokenizer(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+    language = make_tiny("flamingo").language
+    monkeypatch.setattr(language, "tokenizer", PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert [language.token_bytes(token) for token in (1, 2, 3)] == [b" dog", b"\xf0", "猫".encode()]
+
+
 def test_a_tokenizer_without_a_fast_form() -> None:
     from vlm.language import _without_added_tokens
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=BaseModel)
 _ANYWHERE = (400, 401, 403, 405, 408, 429, 500)  # 400 and 408: what is no HTTP, or comes too slowly
 _WITH_BODY = (413, 415, 422)
+_PART_TYPE = "The type of a part should be text or image_url"
 
 
 def create_app(
@@ -138,12 +139,30 @@ async def _parse(request: Request, model: type[M], settings: Settings) -> M:
 
 
 def _explained(error: ValidationError) -> APIError:
-    """The first complaint, without the value it is about."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
+    """The complaint that reaches deepest, without the value it is about.
+
+    What fits none of several shapes is complained of once for each; the shape that was meant is the one of
+    which most was understood, down to a value of the right type.
+    """
+    complaints = error.errors(include_url=False, include_context=False, include_input=False)
+    if complaints[0]["type"] == "json_invalid":
         return APIError(400, "The body is not valid JSON.", code="invalid_json")
-    where = ".".join(str(part) for part in first["loc"])[:200]
-    return APIError(422, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+    told = max(complaints, key=lambda one: (len(_path(one["loc"])), not one["type"].endswith("_type")))
+    where = ".".join(map(str, _path(told["loc"])))[:200]
+    # pydantic's own words quote the value.
+    said = _PART_TYPE if told["type"].startswith("union_tag_") else told["msg"]
+    return APIError(422, f"{where}: {said}" if where else said, param=where or None)
+
+
+def _path(place: tuple[int | str, ...]) -> list[int | str]:
+    """A place in the body, without the names that pydantic puts in for the shapes that it tried."""
+    path: list[int | str] = []
+    for step, before in zip(place, (None, *place), strict=False):
+        branch = isinstance(step, str) and not step.isidentifier()
+        part_type = isinstance(before, int) and path[-2:-1] == ["content"]
+        if not branch and not part_type:
+            path.append(step)
+    return path
 
 
 def _add_status(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
@@ -187,7 +206,7 @@ def _add_models(app: FastAPI, model_id: str, settings: Settings, feedback: bool)
         """What the page may offer."""
         return PageConfig(
             model=model_id, feedback=feedback, attention=True, max_images=settings.max_images,
-            max_image_bytes=settings.max_image_bytes, max_text=settings.max_text,
+            max_image_bytes=settings.max_image_bytes, max_body=settings.max_body, max_text=settings.max_text,
         )  # fmt: skip
 
 

@@ -140,6 +140,10 @@ class Conversing:
 
         async with _until(place.deadline):
             question = await self._desk.question(asked.messages, asked.answer)
+            if question.prompt_tokens > (most := self._settings.attention_tokens):
+                message = f"The conversation and its answer have {question.prompt_tokens} tokens; "
+                message += f"where an answer came from is told of at most {most}."
+                raise APIError(400, message, code="context_length_exceeded", param="messages")
             return AttentionMaps(
                 images=await self._engine.run(lambda: where_it_looked(self._engine.model, question))
             )
@@ -237,8 +241,13 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Piece]]
             task.cancel()
 
 
-def _logprob(piece: Piece) -> TokenLogprob:
-    return TokenLogprob(token=piece.token, logprob=piece.logprob, bytes=list(piece.token.encode()))
+def _logprob(token: bytes, piece: Piece) -> TokenLogprob:
+    """One token; bytes that are no text by themselves are written as OpenAI writes them, `\\xf0\\x9f`."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        text = "".join(f"\\x{byte:02x}" for byte in token)
+    return TokenLogprob(token=text, logprob=piece.logprob, bytes=list(token))
 
 
 async def _collect(chat: ChatRequest, tickets: Sequence[Ticket], model_id: str) -> ChatCompletion:
@@ -249,7 +258,7 @@ async def _collect(chat: ChatRequest, tickets: Sequence[Ticket], model_id: str) 
         Choice(
             index=index,
             message=AnswerMessage(content="".join(piece.text for piece in answer)),
-            logprobs=ChoiceLogprobs(content=[_logprob(p) for p in answer if p.token])
+            logprobs=ChoiceLogprobs(content=[_logprob(p.token, p) for p in answer if p.token is not None])
             if chat.logprobs
             else None,
             finish_reason=answer[-1].finish_reason or "stop",
@@ -286,8 +295,9 @@ async def _frames(chat: ChatRequest, tickets: Sequence[Ticket], model_id: str) -
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         if piece is not None:
             choice["finish_reason"] = piece.finish_reason
-            if chat.logprobs and piece.token:
-                choice["logprobs"] = {"content": [_logprob(piece).model_dump()], "refusal": None}
+            if chat.logprobs and piece.token is not None:
+                entry = _logprob(piece.token, piece).model_dump()
+                choice["logprobs"] = {"content": [entry], "refusal": None}
         return _frame({**head, "choices": [choice], **tail})
 
     counted = 0

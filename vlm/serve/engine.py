@@ -2,7 +2,8 @@
 
 Event loop side: `admit` (bounded, or 429) gives a `Place`; `Place.submit` queues its answers and returns one
 `Ticket` for each; leaving the place cancels what still runs. Thread side: take the cancelled out, let the
-waiting in, one decoding step, hand the pieces over. Only this thread runs the language model.
+waiting in, read a slice of their prompts, one decoding step, hand the pieces over. Only this thread runs the
+language model, and no turn of it reads more than `SLICE` tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,21 +27,24 @@ from vlm.serve.pictures import Question
 from vlm.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from vlm.generation import DecodeBatch, Event, Writer
+    from vlm.decoder import Prefill
+    from vlm.generation import DecodeBatch, DecodeRequest, Event
     from vlm.model import VLM
 
 T = TypeVar("T")
 logger = logging.getLogger("vlm.serve")
-_JOINING = 4
-"""Requests read between two steps: more would make the running answers stutter."""
+SLICE = 128
+"""Tokens of prompts, padding included, that are read between two steps: more would make the running answers
+stutter, and whoever hangs up wait for what nobody wants."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one decoding step added to an answer."""
+    """What one decoding step added to an answer: the text that became certain, and the token's own bytes
+    (None for the end of the answer)."""
 
     text: str
-    token: str
+    token: bytes | None
     logprob: float
     finish_reason: Literal["stop", "length"] | None
 
@@ -105,6 +109,36 @@ class Place(AbstractContextManager["Place"]):
         self._engine.leave(count)
 
 
+class _Reading:
+    """Prompts that are read together: some that fit into one slice, or a single longer one.
+
+    So a prompt of which only a part has been read stands alone, and is dropped without harm to another.
+    """
+
+    def __init__(self, tickets: list[Ticket]) -> None:
+        self.tickets = tickets
+        self._requests: list[DecodeRequest] = []
+        self._prompts: Prefill | None = None
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Whether one more prompt may be read with these."""
+        lengths = [one.question.prompt_tokens for one in (*self.tickets, ticket)]
+        return len(lengths) * max(lengths) <= SLICE
+
+    def read(self, batch: DecodeBatch) -> list[int]:
+        """Read the next slice; after the last one the prompts join the batch, as these slots."""
+        if self._prompts is None:
+            from vlm.generation import DecodeRequest
+
+            self._requests = [
+                DecodeRequest(t.question.row, t.question.features, t.generation, t.question.latents)
+                for t in self.tickets
+            ]
+            self._prompts = batch.begin(self._requests)
+        self._prompts.read(SLICE)
+        return [] if self._prompts.left else batch.join(self._requests, self._prompts)
+
+
 class Engine:
     """The decoding thread and its queue."""
 
@@ -117,12 +151,13 @@ class Engine:
         self._make_batch = make_batch
         self._waiting: deque[Ticket] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._running: dict[int, tuple[Ticket, Writer]] = {}
+        self._reading: deque[_Reading] = deque()
+        self._running: dict[int, Ticket] = {}
         self._wake = threading.Condition()
         self._admitted = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="vlm-engine", daemon=True)
-        metrics.watch("vlm_answers_running", "Answers being decoded", lambda: len(self._running))
+        metrics.watch("vlm_answers_running", "Answers being decoded", lambda: self.running)
         metrics.watch("vlm_answers_waiting", "Answers waiting for a slot", lambda: len(self._waiting))
 
     @property
@@ -132,8 +167,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Answers being decoded."""
-        return len(self._running)
+        """Answers that hold a slot: their prompts are being read, or they are being decoded."""
+        return len(self._running) + sum(len(reading.tickets) for reading in list(self._reading))
 
     def start(self) -> None:
         """Begin to serve."""
@@ -205,14 +240,15 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._stopping or self._waiting or self._running or self._jobs):
+            while not (self._stopping or self._waiting or self._reading or self._running or self._jobs):
                 self._wake.wait()
             return not self._stopping
 
     def _turn(self, batch: DecodeBatch) -> None:
         self._drop(batch)
-        self._join(batch)
+        self._let_in()
         self._do_one_job()
+        self._read(batch)
         if self._running:
             for event in batch.step():
                 self._hand_over(event)
@@ -231,57 +267,72 @@ class Engine:
     def _drop(self, batch: DecodeBatch) -> None:
         """Take out who has gone and who is late."""
         now = time.monotonic()
-        late = APIError(504, "The answer was not ready before the server's deadline.")
-        for slot, (ticket, _) in list(self._running.items()):
-            if ticket.cancelled or now > ticket.deadline:
-                batch.remove(slot)
-                del self._running[slot]
-                self._end(ticket, "cancelled" if ticket.cancelled else "deadline", late)
+        left: list[Ticket] = []
+
+        def leaving(tickets: Iterable[Ticket]) -> list[Ticket]:
+            gone = [ticket for ticket in tickets if ticket.cancelled or now > ticket.deadline]
+            left.extend(gone)
+            return gone
+
+        slots = {ticket: slot for slot, ticket in self._running.items()}
+        for ticket in leaving(slots):
+            batch.remove(slots[ticket])
+            del self._running[slots[ticket]]
+        for reading in list(self._reading):
+            for ticket in leaving(reading.tickets):
+                reading.tickets.remove(ticket)
+            if not reading.tickets:
+                self._reading.remove(reading)
         with self._wake:
-            gone = [ticket for ticket in self._waiting if ticket.cancelled or now > ticket.deadline]
-            for ticket in gone:
+            for ticket in leaving(self._waiting):
                 self._waiting.remove(ticket)
-        for ticket in gone:
+        late = APIError(504, "The answer was not ready before the server's deadline.")
+        for ticket in left:
             self._end(ticket, "cancelled" if ticket.cancelled else "deadline", late)
 
-    def _join(self, batch: DecodeBatch) -> None:
-        """Let the next ones in; their prompts are read together."""
+    def _let_in(self) -> None:
+        """Give the free slots to who waits; short prompts are read together."""
         with self._wake:
-            free = min(_JOINING, self.settings.slots - len(self._running), len(self._waiting))
-            tickets = [self._waiting.popleft() for _ in range(free)]
-        if tickets:
-            self._read(batch, tickets)
+            for _ in range(min(self.settings.slots - self.running, len(self._waiting))):
+                ticket = self._waiting.popleft()
+                if self._reading and self._reading[-1].fits(ticket):
+                    self._reading[-1].tickets.append(ticket)
+                else:
+                    self._reading.append(_Reading([ticket]))
 
-    def _read(self, batch: DecodeBatch, tickets: Sequence[Ticket]) -> None:
-        from vlm.generation import DecodeRequest
-
-        requests = [
-            DecodeRequest(t.question.row, t.question.features, t.generation, t.question.latents)
-            for t in tickets
-        ]
+    def _read(self, batch: DecodeBatch) -> None:
+        """Read one slice. Long prompts take turns, so that a short one behind them is soon read."""
+        if not self._reading:
+            return
+        reading = self._reading[0]
         try:
-            slots = batch.add(requests)
+            slots = reading.read(batch)
         except Exception:
             # Reading failed before the batch changed, so only those who join are concerned; alone, the
             # others among them may still be read.
-            logger.exception("reading %d prompts failed", len(tickets))
-            for ticket in tickets if len(tickets) > 1 else ():
-                self._read(batch, [ticket])
-            if len(tickets) == 1:
-                self._end(tickets[0], "error", _failed())
+            logger.exception("reading %d prompts failed", len(reading.tickets))
+            self._reading.popleft()
+            if len(reading.tickets) > 1:
+                self._reading.extendleft(_Reading([ticket]) for ticket in reversed(reading.tickets))
+            else:
+                self._end(reading.tickets[0], "error", _failed())
             return
-        for slot, ticket in zip(slots, tickets, strict=True):
-            self._running[slot] = ticket, batch.writer(slot)
+        if not slots:
+            self._reading.rotate(-1)
+            return
+        for slot, ticket in zip(slots, reading.tickets, strict=True):
+            self._running[slot] = ticket
             self._metrics.tokens.labels("prompt").inc(ticket.question.prompt_tokens)
+        self._reading.popleft()
 
     def _hand_over(self, event: Event) -> None:
-        ticket, writer = self._running[event.slot]
+        ticket = self._running[event.slot]
         if not ticket.started:
             ticket.started = True
             self._metrics.first_token.observe(time.monotonic() - ticket.created)
         self._metrics.tokens.labels("completion").inc()
-        ended = event.token == self.model.language.frame.end
-        token = "" if ended else writer.tokens[-1].text
+        language = self.model.language
+        token = None if event.token == language.frame.end else language.token_bytes(event.token)
         piece = Piece(event.text, token, event.logprob, event.finish_reason)
         if event.finish_reason:
             del self._running[event.slot]
@@ -295,10 +346,12 @@ class Engine:
 
     def _fail_all(self, error: APIError) -> None:
         with self._wake:
-            tickets = [ticket for ticket, _ in self._running.values()]
+            tickets = list(self._running.values())
             self._running.clear()
             if self._stopping:
+                tickets += [ticket for reading in self._reading for ticket in reading.tickets]
                 tickets += self._waiting
+                self._reading.clear()
                 self._waiting.clear()
                 for _, future in self._jobs:
                     if future.set_running_or_notify_cancel():

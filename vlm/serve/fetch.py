@@ -35,7 +35,9 @@ _URL = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-_RELAYS = tuple(map(ipaddress.ip_network, ("2001::/23", "2002::/16", "3fff::/20", "192.88.99.0/24")))
+# Relays, documentation, and 192.0.0.0/24, of which Python's tables call a part public in some versions.
+_UNUSUAL = ("2001::/23", "2002::/16", "3fff::/20", "192.88.99.0/24", "192.0.0.0/24")
+_RELAYS = tuple(map(ipaddress.ip_network, _UNUSUAL))
 _REDIRECTS = {301, 302, 303, 307, 308}
 _CHUNK = 64 * 1024
 

@@ -7,6 +7,7 @@ that routing uses. The log has the route's template, never the path, query, head
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 import traceback
@@ -20,11 +21,12 @@ from vlm.serve.settings import Settings
 
 logger = logging.getLogger("vlm.serve")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_PREFLIGHT = {
-    b"access-control-allow-methods": b"GET, POST",
-    b"access-control-allow-headers": b"authorization, content-type",
-    b"access-control-max-age": b"600",
-}
+_PREFLIGHT = {b"access-control-allow-methods": b"GET, POST", b"access-control-max-age": b"600"}
+_SENT = ("authorization", "content-type")
+_CLIENTS = re.compile(
+    r"x-stainless-[a-z0-9-]{1,40}|openai-(?:organization|project)|user-agent|idempotency-key"
+)
+"""Headers that OpenAI's JavaScript client sends besides; a browser asks whether it may."""
 
 
 class QuietFormatter(logging.Formatter):
@@ -70,6 +72,7 @@ class Gate:
     ) -> None:
         if visit.extra and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
             visit.extra += _PREFLIGHT.items()
+            visit.extra.append((b"access-control-allow-headers", _allowed(headers)))
             await visit.send({"type": "http.response.start", "status": 204, "headers": []})
             await visit.send({"type": "http.response.body", "body": b""})
             return
@@ -102,10 +105,10 @@ class Gate:
 
     def _cors(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         origin = headers.get(b"origin", b"")
-        if not self._origins:
+        if origin not in self._origins:
             return []
-        allowed = [(b"access-control-allow-origin", origin)] if origin in self._origins else []
-        return [*allowed, (b"vary", b"Origin")] if allowed else []
+        exposed = (b"access-control-expose-headers", b"retry-after, x-request-id")
+        return [(b"access-control-allow-origin", origin), exposed, (b"vary", b"Origin")]
 
     def _note(self, scope: dict[str, Any], visit: _Visit) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
@@ -114,6 +117,13 @@ class Gate:
         self._metrics.requests.labels(method, route, str(visit.status or "none")).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         logger.info("%s %s %s %.3fs %s", method, route, visit.status or "gone", seconds, visit.id)
+
+
+def _allowed(headers: dict[bytes, bytes]) -> bytes:
+    """What a preflight may send: always the two that are needed, and of the others it names, the known."""
+    named = headers.get(b"access-control-request-headers", b"").decode("latin-1").lower()
+    known = [name for name in map(str.strip, named.split(",")) if _CLIENTS.fullmatch(name)]
+    return ", ".join((*_SENT, *known)).encode()
 
 
 class _Visit:

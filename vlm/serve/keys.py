@@ -41,7 +41,7 @@ class Keys:
             ConfigError: the file is missing, holds no key, or a line is not `name sha256hex`.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"key file {path} cannot be read: {error}") from error
         hashes = []

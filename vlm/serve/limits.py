@@ -66,7 +66,7 @@ class Ledger:
 
 
 class BodyLimit:
-    """ASGI middleware that reads the body within its bounds, or refuses with 408, 413 or 429."""
+    """ASGI middleware that reads the body within its bounds, or refuses with 408, 413, 415 or 429."""
 
     def __init__(self, app: Any, settings: Settings) -> None:
         self._app = app
@@ -99,6 +99,8 @@ class BodyLimit:
     async def _read(self, scope: Scope, receive: Any, body: Body) -> bool:
         cap = self._settings.max_body
         headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+            raise APIError(415, "Send the body uncompressed.")
         declared = headers.get(b"content-length", b"0")
         too_large = APIError(413, f"The request is larger than {cap // (1 << 20)} MiB.")
         if not declared.isdigit() or int(declared) > cap:

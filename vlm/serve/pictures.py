@@ -196,6 +196,8 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[str]]:
             if any(isinstance(part, ImageSlot) for part in parts):
                 raise _bad("Pictures belong into the user's messages.")
             system += [part for part in parts if isinstance(part, str)]
+        elif message.role == "assistant" and not any(map(_says, parts)):
+            continue  # an answer of no words, as models give at times: it must not end the conversation
         elif merged and merged[-1][0] == message.role:
             merged[-1][1].extend(["\n", *parts])
         else:
@@ -208,7 +210,7 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[str]]:
     for role, parts in merged:
         if role == "assistant" and any(isinstance(part, ImageSlot) for part in parts):
             raise _bad("Pictures belong into the user's messages.")
-        if not any(isinstance(part, ImageSlot) or part.strip() for part in parts):
+        if not any(map(_says, parts)):
             raise _bad("A message holds neither words nor a picture.")
         turns.append(Turn("user" if role == "user" else "assistant", tuple(parts)))
     return tuple(turns), urls
@@ -218,7 +220,7 @@ def _parts(message: Message, urls: list[str]) -> list[str | ImageSlot]:
     if isinstance(message.content, str):
         return [message.content]
     parts: list[str | ImageSlot] = []
-    for part in message.content:
+    for part in message.content or ():
         if isinstance(part, ImagePart):
             parts.append(ImageSlot(len(urls)))
             urls.append(part.image_url.url)
@@ -226,6 +228,10 @@ def _parts(message: Message, urls: list[str]) -> list[str | ImageSlot]:
         else:
             parts.append(part.text)
     return parts
+
+
+def _says(part: str | ImageSlot) -> bool:
+    return isinstance(part, ImageSlot) or bool(part.strip())
 
 
 def _longest_group(turn: Turn) -> int:

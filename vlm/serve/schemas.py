@@ -8,11 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from vlm.serve.errors import APIError
 
 Text = Annotated[str, Field(max_length=200_000)]
+
+
+def _worded(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "It must hold more than blanks")
+    return text
+
+
+Worded = AfterValidator(_worded)
+"""Refuses a text of blanks alone."""
 
 
 class Strict(BaseModel):
@@ -49,7 +67,16 @@ class Message(Strict):
     """One turn; `system` and `developer` words go before the first user's."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)] | None
+
+    @field_validator("content")
+    @classmethod
+    def _nothing_of_the_assistant_alone(
+        cls, content: str | list[Part] | None, seen: ValidationInfo
+    ) -> str | list[Part] | None:
+        if content is None and seen.data.get("role") != "assistant":
+            raise PydanticCustomError("nothing", "Input should be text or a list of parts")
+        return content
 
 
 class StreamOptions(Strict):
@@ -120,10 +147,17 @@ class FeedbackRequest(Strict):
 
     consent: bool
     messages: Annotated[list[Message], Field(min_length=1, max_length=128)]
-    answer: Annotated[str, Field(min_length=1, max_length=20_000)]
+    answer: Annotated[str, Field(min_length=1, max_length=20_000), Worded]
     verdict: Literal["up", "down"]
-    correction: Annotated[str, Field(min_length=1, max_length=2_000)] | None = None
+    correction: Annotated[str, Field(min_length=1, max_length=2_000), Worded] | None = None
     model: Annotated[str, Field(max_length=200)] = ""
+
+    @field_validator("correction")
+    @classmethod
+    def _only_of_a_bad_answer(cls, correction: str | None, seen: ValidationInfo) -> str | None:
+        if correction is not None and seen.data.get("verdict") == "up":
+            raise PydanticCustomError("liked", "An answer that was liked needs no correction")
+        return correction
 
 
 class AttentionRequest(Strict):
@@ -230,6 +264,7 @@ class PageConfig(BaseModel):
     attention: bool
     max_images: int
     max_image_bytes: int
+    max_body: int
     max_text: int
 
 

@@ -40,6 +40,10 @@ class Settings:
     context: int = 2048
     """Tokens of a conversation and its answer together: bounds memory, and how long others wait."""
 
+    attention_tokens: int = 512
+    """Tokens of a conversation and its answer whose grounds may be asked for: going back through the model
+    cannot be done in slices, so that all others wait for it."""
+
     slots: int = 16
     """Answers decoded side by side."""
     queue: int = 64

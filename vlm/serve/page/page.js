@@ -14,7 +14,11 @@ const SAMPLES = [
 ];
 
 const WRONG_KEY = "That key does not open this server.";
-let config = { model: "", feedback: false, attention: false, max_images: 8, max_text: 32000 };
+const MIB = 1 << 20;
+let config = {
+  model: "", feedback: false, attention: false,
+  max_images: 8, max_image_bytes: 20 * MIB, max_body: 32 * MIB, max_text: 32000,
+};
 let messages = [];
 let pending = [];
 let running = null;
@@ -22,6 +26,7 @@ let attempts = 0;
 
 const say = (text) => ($("#status").textContent = text);
 const trouble = (text) => ($("#trouble").textContent = text);
+const written = (m) => (Array.isArray(m.content) ? m.content.map((p) => p.text ?? "").join("") : m.content);
 const sent = () => messages.flatMap((m) => (Array.isArray(m.content) ? m.content : [])).filter((p) => p.image_url);
 
 // --- pictures ------------------------------------------------------------------------------------
@@ -62,11 +67,17 @@ function addPicture(item) {
   say(`${item.name} added`);
 }
 
+// Bytes that a picture may have, so that as many as fit into one conversation fit into one request with its
+// words: as base64 they are a third larger.
+function share() {
+  return Math.min(config.max_image_bytes, Math.floor((config.max_body - MIB) / config.max_images) * 0.74);
+}
+
 async function addFiles(files) {
   trouble("");
   for (const file of files) {
     try {
-      addPicture(await picture(file));
+      addPicture(await picture(file, share()));
     } catch (problem) {
       trouble(problem.message);
     }
@@ -88,7 +99,7 @@ async function openCamera() {
 
 async function takePhotograph() {
   try {
-    addPicture(await photograph($("#camera-view")));
+    addPicture(await photograph($("#camera-view"), share()));
   } catch {
     trouble("The camera has not shown a picture yet.");
   }
@@ -109,6 +120,9 @@ function askNow(event) {
   if (running) return;
   if (!words) return trouble("Type a question first.");
   if (!pending.length && !sent().length) return trouble("Add a picture first.");
+  if ([...messages.map(written), words].join("").length > config.max_text) {
+    return trouble(`One conversation can hold ${config.max_text} characters. Ask in fewer words, or start anew.`);
+  }
   trouble("");
   const turn = fromTemplate("question-template");
   $(".thumbs", turn).replaceChildren(...pending.map((item) => thumb(item)));
@@ -123,10 +137,13 @@ function askNow(event) {
   answer(fromTemplate("answer-template"));
 }
 
+// A button that hides takes the keyboard's place with it: it goes to Stop, then back to the question.
 function busy(controller) {
+  const held = document.activeElement;
   running = controller;
   $("#stop").hidden = !controller;
   $("#send").hidden = Boolean(controller);
+  if (held?.closest("[hidden]")) $(controller ? "#stop" : "#question").focus({ preventScroll: true });
 }
 
 async function answer(turn) {
@@ -156,6 +173,10 @@ async function answer(turn) {
 function finish(turn, asked, text, problem) {
   const note = $(".note", turn);
   const stopped = problem?.name === "AbortError";
+  if (!problem && !text) {
+    note.textContent = "No answer.";
+    note.hidden = false;
+  }
   if (problem) {
     note.textContent = stopped ? "Stopped." : problem.message;
     note.hidden = false;
@@ -163,8 +184,9 @@ function finish(turn, asked, text, problem) {
   }
   const whole = !problem || (stopped && text);
   // A question that failed leaves the conversation, so that what was wrong with it does not spoil the next.
-  if (whole) messages.push({ role: "assistant", content: text });
-  else messages.pop();
+  // One that got no words stays, for its pictures.
+  if (!whole) messages.pop();
+  else if (text) messages.push({ role: "assistant", content: text });
   const again = $(".again", turn);
   again.hidden = whole || problem.code === "invalid_image";
   again.onclick = () => {
@@ -182,7 +204,7 @@ function finish(turn, asked, text, problem) {
   const look = $(".look", turn);
   look.hidden = !(config.attention && whole && text);
   look.onclick = () => showLook(turn, asked, text);
-  say(problem ? note.textContent : `Answer: ${text}`);
+  say(note.hidden ? `Answer: ${text}` : note.textContent);
 }
 
 async function copy(text) {
@@ -326,9 +348,10 @@ function listen() {
   $("#camera-cancel").addEventListener("click", () => $("#camera-box").close());
   $("#key-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    useKey($("#key").value.trim());
+    const usable = useKey($("#key").value.trim());
     $("#key").value = "";
-    connect();
+    if (usable) connect();
+    else askForKey(WRONG_KEY);
   });
   document.addEventListener("paste", (event) => {
     const files = [...event.clipboardData.files];

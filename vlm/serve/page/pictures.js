@@ -1,7 +1,6 @@
 // Files from anywhere (chosen, dropped, pasted, camera, samples) -> data URLs that the server can read.
 
 const KINDS = new Set(["image/jpeg", "image/png", "image/webp", "image/gif"]);
-const AS_IT_IS = 4 << 20;
 const SIDE = 2048;
 
 const read = (blob) =>
@@ -12,8 +11,8 @@ const read = (blob) =>
     reader.readAsDataURL(blob);
   });
 
-async function redraw(bitmap) {
-  const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
+async function draw(bitmap, side) {
+  const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
@@ -24,20 +23,32 @@ async function redraw(bitmap) {
   return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
 }
 
-// Small files of the four kinds go as they are; others are drawn anew as a JPEG of at most 2048 pixels a side.
-export async function picture(file) {
+// Smaller and smaller until it fits: noise of 2048 pixels a side is still several MB.
+async function redraw(bitmap, most) {
+  let side = SIDE;
+  let blob = await draw(bitmap, side);
+  while (blob.size > most && side > 64) {
+    side /= 2;
+    blob = await draw(bitmap, side);
+  }
+  return blob;
+}
+
+// Files of the four kinds go as they are where they have at most so many bytes; others are drawn anew as a
+// JPEG of at most 2048 pixels a side.
+export async function picture(file, most) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
     throw new Error(`${file.name || "That"} is not a picture that can be read. Use JPEG, PNG, WebP or GIF.`);
   }
-  const blob = KINDS.has(file.type) && file.size <= AS_IT_IS ? file : await redraw(bitmap);
+  const blob = KINDS.has(file.type) && file.size <= most ? file : await redraw(bitmap, most);
   bitmap.close();
   return { name: file.name || "picture", url: await read(blob) };
 }
 
-export async function photograph(video) {
+export async function photograph(video, most) {
   const bitmap = await createImageBitmap(video);
-  return { name: "photograph", url: await read(await redraw(bitmap)) };
+  return { name: "photograph", url: await read(await redraw(bitmap, most)) };
 }
