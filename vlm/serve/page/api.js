@@ -13,7 +13,7 @@ export class ApiError extends Error {
 
 // Whether this can be a key at all: a header holds no other letters, and no request could be sent any more.
 export function useKey(key) {
-  const usable = /^[!-~]+$/.test(key);
+  const usable = /^[ -~]+$/.test(key);
   if (usable) sessionStorage.setItem(KEY, key);
   return usable;
 }
