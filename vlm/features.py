@@ -238,7 +238,7 @@ class Features:
         Raises:
             DataError: one of them is not (the cache was emptied, or is too small for the data).
         """
-        arrays = [None if self.cache is None else self.cache.get(key) for key in keys]
+        arrays = [self._kept(key) for key in keys]
         held = [array for array in arrays if array is not None]
         if len(held) < len(arrays):
             raise DataError("the feature cache has lost pictures of this run: start the run again")
