@@ -45,8 +45,8 @@ from vlm.weights_cache import cache_root
 
 TRAINERS: dict[str, type[Trainer]] = {"words": WordTrainer, "preference": PreferenceTrainer}
 """Objectives with a loop of their own."""
-OURS = ("state", RUN, "words")
-"""What tells a run's folder from others: its states, its record, or its stage of words."""
+OURS = ("state", RUN, "words", "log.jsonl", "events")
+"""What tells a run's folder from others, even where it was killed before its first state."""
 
 
 def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, device: str = "auto") -> bool:

@@ -104,7 +104,7 @@ def with_last(answer: str) -> str:
         ("p.jsonl", "\n".join([json.dumps(ROWS[0]), "[" * 100_000]), "line 2.*nested too deeply"),
         ("p.jsonl", "\n".join([json.dumps(ROWS[0]), "[1]"]), "each line must hold an object"),
         ("p.jsonl", "{oops\n{oops", "line 1 is not JSON"),
-        ("p.csv", "question_id;answer\n1;yes\n", "'question_id' and 'answer' are expected"),
+        ("p.csv", "question_id;answer\n1;yes\n", "1 ids are not in vqav2, the first is 1"),
         ("p.csv", f"question_id,answer\n{IDS[0]}\n", "p.csv:2: wrong number of cells"),
         ("p.csv", f"{IDS[0]},yes\n{IDS[1]}\n", "p.csv:2: wrong number of cells"),
         ("p.txt", "", "0 lines for 12"),

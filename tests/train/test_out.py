@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(recipe: Recipe, tmp_pat
         train(recipe(out=str(tmp_path / place)), offline=True)
 
 
-@pytest.mark.parametrize("name", ["state", "run.json", "words", ".hidden"])
+@pytest.mark.parametrize("name", ["state", "run.json", "words", "log.jsonl", "events", ".hidden"])
 def test_a_run_of_its_own_or_an_empty_folder_is_taken(recipe: Recipe, tmp_path: Path, name: str) -> None:
     config = recipe(out=str(tmp_path / "new" / "deep"))
     open_out(config)

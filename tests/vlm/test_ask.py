@@ -130,7 +130,7 @@ def test_a_feature_cache_is_filled(run: Run, pictures: Path, tmp_path: Path) -> 
 
     cached = run("ask", pictures / "0.png", "What?", "--feature-cache", tmp_path / "features")
     assert cached == run("ask", pictures / "0.png", "What?")
-    assert len(FeatureCache(tmp_path / "features")) == 2  # its features, and the probabilities of its labels
+    assert len(FeatureCache(tmp_path / "features")) == 1  # its features; no labels are told of it
 
 
 @pytest.mark.parametrize(
