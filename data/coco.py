@@ -61,10 +61,9 @@ class Pictures:
 
     def __init__(self, base: Path) -> None:
         own = [folder for folder in sorted(base.iterdir()) if folder.is_dir()]
+        first = [folder for folder in own if folder.name.lower() == "images"]
         above = [f for f in sorted(base.parent.iterdir()) if _PART.fullmatch(f.name.lower()) and f.is_dir()]
-        own.sort(key=lambda folder: folder.name.lower() != "images")
-        first = own[:1] if own and own[0].name.lower() == "images" else []
-        self.folders = [*first, base, *own[len(first) :], *above, base.parent]
+        self.folders = list(dict.fromkeys([*first, base, *own, *above, base.parent]))
 
     def find(self, name: str) -> Path | None:
         """The first file of that name, or None."""

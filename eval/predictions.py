@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.answer import confidence
+from vlm.config import flat
 from vlm.data.convert.common import parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
 from vlm.data.tables import whole_csv
@@ -81,7 +82,7 @@ class AnswerFile:
         return done
 
     def _same_run(self, there: Mapping[str, Any]) -> None:
-        wanted, found = _flat(json.loads(json.dumps(self.header))), _flat(there)
+        wanted, found = flat(json.loads(json.dumps(self.header))), flat(there)
         for key in sorted({*wanted, *found}):
             if wanted.get(key) != found.get(key):
                 raise ConfigError(
@@ -98,14 +99,6 @@ class AnswerFile:
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-
-
-def _flat(header: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """{"hashes": {"data": 1}} -> {"hashes.data": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in header.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
-    return flat
 
 
 def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlm.conversation import Conversation
-from vlm.data.convert.common import read_text
+from vlm.data.convert.common import parse_json, read_text
 from vlm.data.example import Example
 from vlm.data.splits import image_key
 from vlm.errors import DataError
@@ -202,10 +202,7 @@ def read_items(report: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]
     for number, line in enumerate(read_text(path).split("\n"), start=1):  # answers may hold other line ends
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict) or not isinstance(row.get("scores"), dict) or "id" not in row:
             raise DataError(f"{path}, line {number} is no item of a report: an id and scores are needed")
         if lacking := [name for name in needed if name not in row]:

@@ -75,17 +75,15 @@ class Processes:
 
     def random_states(self) -> list[Tensor]:
         """The states of every process's random generator, the first one's first."""
-        state = torch.get_rng_state()
-        if self.count == 1:
-            return [state]
-        gathered = self.accelerator.gather(state.to(self.accelerator.device)[None])
-        return list(gathered.cpu())
+        return self._everyones(torch.get_rng_state())
 
     def device_states(self) -> list[Tensor]:
         """The states of every process's generator on its GPU, the first one's first; none without a GPU."""
         if self.accelerator.device.type != "cuda":
             return []
-        state = torch.cuda.get_rng_state(self.accelerator.device)
+        return self._everyones(torch.cuda.get_rng_state(self.accelerator.device))
+
+    def _everyones(self, state: Tensor) -> list[Tensor]:
         if self.count == 1:
             return [state]
         gathered = self.accelerator.gather(state.to(self.accelerator.device)[None])
@@ -100,16 +98,8 @@ class Processes:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             stop()
 
-        try:
-            before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: nobody sends signals there
+        with _handled(handler, signal.SIGTERM, signal.SIGINT):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, previous in before.items():
-                signal.signal(number, previous)
 
 
 @contextmanager
@@ -124,12 +114,20 @@ def leaving(out: str) -> Iterator[None]:
             print(f"stopped; the same command goes on: {out}", file=sys.stderr, flush=True)
         raise SystemExit(TERMINATED)
 
+    with _handled(handler, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """These signals go to a handler meanwhile."""
     try:
-        before = signal.signal(signal.SIGTERM, handler)
+        before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not the main thread: nobody sends signals there
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.config import to_dict
+from vlm.config import flat, to_dict
 from vlm.errors import ConfigError
 from vlm.train.config import SourceConfig, TrainConfig, recipe_config
 
@@ -98,7 +98,7 @@ def other_keys(stored: dict[str, Any], config: TrainConfig) -> list[str]:
     A recipe that this version cannot read differs in what it cannot read.
     """
     try:
-        one, other = _flat(identity(recipe_config(stored))), _flat(identity(config))
+        one, other = _by_key(recipe_config(stored)), _by_key(config)
     except ConfigError as problem:
         return [str(problem)]
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
@@ -109,19 +109,10 @@ def same_recipe(stored: dict[str, Any], config: TrainConfig) -> bool:
     return not other_keys(stored, config)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted keys, as `key=value` names them."""
-    nested: list[tuple[str, Any]] = []
-    if isinstance(values, dict):
-        nested = [(str(key), value) for key, value in values.items()]
-    elif isinstance(values, list) and any(isinstance(value, dict) for value in values):
-        nested = [(str(number), value) for number, value in enumerate(values)]
-    if not nested:
-        return {prefix: values}
-    found: dict[str, Any] = {}
-    for key, value in nested:
-        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return found
+def _by_key(config: TrainConfig) -> dict[str, Any]:
+    """What must not change, by the keys that `key=value` sets it by."""
+    values = identity(config)
+    return flat(values | {"sources": dict(enumerate(values["sources"]))})
 
 
 def keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from vlm import __version__
-from vlm.config import to_dict
+from vlm.config import flat, to_dict
 from vlm.errors import ConfigError, DataError
 from vlm.train.config import TrainConfig
 from vlm.train.curve import draw_curve
@@ -80,7 +80,8 @@ class Record:
         chosen = list(self.config.trackers)
         settings = {"tensorboard": {"purge_step": start + 1}} if start and "tensorboard" in chosen else {}
         try:
-            self.accelerator.init_trackers("events", config=_flat(to_dict(self.config)), init_kwargs=settings)
+            keys = {key: str(value) for key, value in flat(to_dict(self.config)).items()}
+            self.accelerator.init_trackers("events", config=keys, init_kwargs=settings)
         except ModuleNotFoundError as missing:
             raise ConfigError(f"trackers={chosen} needs the package {missing.name}") from missing
 
@@ -156,13 +157,3 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat

@@ -260,3 +260,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     result = plain(config)
     assert isinstance(result, dict)
     return result
+
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys: {"hashes": {"data": 1}} -> {"hashes.data": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found

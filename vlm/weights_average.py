@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm import __version__
 from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, load_tensors, read_config, write_adapter
+from vlm.config import flat
 from vlm.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _same(first: Ingredient, name: str, config: Mapping[str, Any]) -> None:
     """Raises:
     WeightsError: an adapter's configuration or frozen parts are others than the first one's.
     """
-    ours, theirs = (_flat({key: part.get(key) for key in COMPARED}) for part in (first.config, config))
+    ours, theirs = (flat({key: part.get(key) for key in COMPARED}) for part in (first.config, config))
     keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if keys:
         one, other = (str(part.get(keys[0]))[:40] for part in (theirs, ours))
@@ -96,16 +97,6 @@ def _same_tensors(first: Ingredient, other: Ingredient) -> None:
     shapes = [{key: value.shape for key, value in part.tensors.items()} for part in (first, other)]
     if shapes[0] != shapes[1]:
         raise WeightsError(f"{other.name} cannot be averaged with {first.name}: their tensors differ")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _write(out: Path, soup: Sequence[Ingredient]) -> None:

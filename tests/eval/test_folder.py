@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from parrot import Parrot
 
 from vlm.errors import DataError
 from vlm.eval import session, tasks
@@ -22,14 +21,6 @@ ROWS = [
     {"file_name": f"{n % 2}.png", "question": f"What is number {n}?", "answer": f"thing{n}", "id": n}
     for n in range(6)
 ]
-
-
-def parrot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parrot_for_folder", Path(__file__).parent / "parrot.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -47,7 +38,7 @@ def run(root: Path, *extra: str) -> dict[str, Any]:
     args = _parser().parse_args(["folder-vqa", "--data", str(root), "--out", str(root / "o.json"), *extra])
     task = tasks.get("folder-vqa")
     examples = task.examples(args.data, args.split)
-    return session.Session(task, args, parrot().Parrot(), args.out, examples).evaluate()
+    return session.Session(task, args, Parrot(), args.out, examples).evaluate()
 
 
 def test_what_is_evaluated_is_never_the_training_split(own: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +12,13 @@ pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed", 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelRegistryV2
+from parrot import Parrot
 
 from vlm.eval.lmms import MANIFEST, Harnessed, generation
 
 DOCS = [
     {"question": f"q{n}?", "image": Image.new("RGB", (4, 4), (n, 0, 0)), "answer": "no"} for n in range(3)
 ]
-
-
-def parrot() -> Any:
-    path = Path(__file__).with_name("parrot.py")
-    spec = importlib.util.spec_from_file_location("parrot_for_lmms", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Parrot()
 
 
 def request(kind: str, number: int, second: Any) -> Instance:
@@ -43,7 +33,7 @@ def request(kind: str, number: int, second: Any) -> Instance:
 
 @pytest.fixture
 def harnessed() -> Harnessed:
-    model = Harnessed(model=parrot())
+    model = Harnessed(model=Parrot())
     model.task_dict = {"toy": {"test": DOCS}}
     return model
 

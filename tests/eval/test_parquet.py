@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from parrot import Parrot
 
 from vlm.conversation import Conversation
 from vlm.eval import controls, runner, session, tasks
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
 
 Draw = Callable[..., "Image.Image"]
 PICTURES = 4
-
-
-def parrot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parrot_for_parquet", Path(__file__).parent / "parrot.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def picture(draw: Draw, seed: int) -> dict[str, Any]:
@@ -72,7 +63,7 @@ def run(folder: Path, task: str, out: Path, *extra: str) -> dict[str, Any]:
     args = _parser().parse_args([task, "--data", str(folder), "--out", str(out), *extra])
     chosen = tasks.get(task)
     examples = chosen.examples(args.data, args.split)
-    return session.Session(chosen, args, parrot().Parrot(), out, examples).evaluate()
+    return session.Session(chosen, args, Parrot(), out, examples).evaluate()
 
 
 def test_questions(draw: Draw, tmp_path: Path) -> None:
@@ -119,7 +110,7 @@ def test_pictures_are_told_apart_without_spelling_them_out(draw: Draw, tmp_path:
     assert all(len(name) == 64 for each in asked for name in picture_names(each.images))
     moved = controls.shuffled(asked)
     assert [each.images[0] for each in moved] == [images[1 - n % 2] for n in range(4)]
-    model = parrot().Parrot()
+    model = Parrot()
     work = runner.Work([str(n) for n in range(4)], asked, {"batch_size": 1}, {})
     runner.answer_all(model, work, tmp_path / "a.jsonl", "test", lambda text: None)
     # Questions about one picture stand side by side, whatever the order of the pictures.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -10,10 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from parrot import Parrot
 from PIL import Image
 
 from vlm.conversation import Conversation
@@ -25,17 +24,6 @@ from vlm.eval.predictions import AnswerFile, Prediction
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-
-
-def load_parrot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parrot_for_eval", HERE / "parrot.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PARROT = load_parrot()
 
 
 def work(count: int = 10, **header: Any) -> runner.Work:
@@ -50,35 +38,35 @@ def run(model: Any, todo: runner.Work, path: Path) -> list[Prediction]:
 
 def test_answers_come_in_the_items_order(tmp_path: Path) -> None:
     todo = work()
-    found = run(PARROT.Parrot(), todo, tmp_path / "a.jsonl")
+    found = run(Parrot(), todo, tmp_path / "a.jsonl")
     assert [each.id for each in found] == todo.ids
-    alone = [PARROT.Parrot().ask_batch([each])[0].text for each in todo.conversations]
+    alone = [Parrot().ask_batch([each])[0].text for each in todo.conversations]
     assert [each.text for each in found] == alone
 
 
 def test_continues_without_asking_again(tmp_path: Path) -> None:
     path, todo = tmp_path / "a.jsonl", work(11)
-    whole = run(PARROT.Parrot(), todo, path)
+    whole = run(Parrot(), todo, path)
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[:5]) + '\n{"id": "item', encoding="utf-8")  # four answers and half a line
-    again = PARROT.Parrot()
+    again = Parrot()
     assert run(again, todo, path) == whole
     assert len(again.asked) == 7
-    idle = PARROT.Parrot()
+    idle = Parrot()
     assert run(idle, todo, path) == whole
     assert idle.asked == []
 
 
 def test_another_number_of_processes_continues(tmp_path: Path) -> None:
     path, todo = tmp_path / "a.jsonl", work(11)
-    whole = run(PARROT.Parrot(), todo, tmp_path / "whole.jsonl")
+    whole = run(Parrot(), todo, tmp_path / "whole.jsonl")
     for part, numbers in (("0of2", (0, 2, 4)), ("1of2", (1,)), ("2of3", (2, 5))):
         file = AnswerFile(tmp_path / f"a.{part}.jsonl", todo.header)
         file.load()
         file.append(whole[number] for number in numbers)
     with (tmp_path / "a.1of2.jsonl").open("a", encoding="utf-8") as cut:
         cut.write('{"id": "item')
-    again = PARROT.Parrot()
+    again = Parrot()
     assert run(again, todo, path) == whole
     assert len(again.asked) == 6
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "whole.jsonl"]
@@ -88,13 +76,13 @@ def test_another_number_of_processes_continues(tmp_path: Path) -> None:
 def test_parts_of_another_run_are_not_continued(tmp_path: Path) -> None:
     AnswerFile(tmp_path / "a.1of2.jsonl", {"seed": 1}).load()
     with pytest.raises(ConfigError, match=r"a\.1of2\.jsonl holds the answers of another run"):
-        run(PARROT.Parrot(), work(seed=2), tmp_path / "a.jsonl")
+        run(Parrot(), work(seed=2), tmp_path / "a.jsonl")
 
 
 def test_another_run_is_not_continued(tmp_path: Path) -> None:
-    run(PARROT.Parrot(), work(seed=1), tmp_path / "a.jsonl")
+    run(Parrot(), work(seed=1), tmp_path / "a.jsonl")
     with pytest.raises(ConfigError, match=r"seed was 1, is 2.*--restart"):
-        run(PARROT.Parrot(), work(seed=2), tmp_path / "a.jsonl")
+        run(Parrot(), work(seed=2), tmp_path / "a.jsonl")
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
@@ -108,11 +96,11 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 def test_an_error_names_its_item_and_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"item item4: item4\.jpg is damaged"):
-        run(PARROT.Parrot(fails_on="item4.jpg"), work(), tmp_path / "a.jsonl")
+        run(Parrot(fails_on="item4.jpg"), work(), tmp_path / "a.jsonl")
 
 
 def test_a_bug_keeps_its_traceback_and_names_the_batch(tmp_path: Path) -> None:
-    class Buggy(PARROT.Parrot):  # type: ignore[misc,name-defined]
+    class Buggy(Parrot):
         def ask_batch(self, conversations: Any, **generation: Any) -> Any:
             raise ZeroDivisionError
 
@@ -125,7 +113,7 @@ def test_predicted_time_after_a_minute(monkeypatch: pytest.MonkeyPatch, tmp_path
     clock = iter(range(0, 10_000, 30))
     monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
     said: list[str] = []
-    runner.answer_all(PARROT.Parrot(), work(20), tmp_path / "a.jsonl", "test", said.append)
+    runner.answer_all(Parrot(), work(20), tmp_path / "a.jsonl", "test", said.append)
     assert said == ["test: 8/20, 0.1 items/s, 1.5 minutes to go"]
 
 
@@ -189,7 +177,7 @@ def test_shuffled_moves_every_picture_and_keeps_the_words() -> None:
 
 def test_blank_and_no_image() -> None:
     before = conversations(["a.jpg", "b.jpg"])
-    picture = PARROT.Parrot().blank_image()
+    picture = Parrot().blank_image()
     assert [each.images for each in controls.blank(before, picture)] == [(picture,), (picture,)]
     bare = controls.no_image(before)
     assert all(not each.images for each in bare)
@@ -226,7 +214,7 @@ def evaluated(tmp_path: Path, *extra: str, task: str = "vqav2", data: str = "vqa
     args = _parser().parse_args([task, "--data", str(HERE / "fixtures" / data), *extra])
     chosen = tasks.get(task)
     examples = chosen.examples(args.data, args.split)
-    return session.Session(chosen, args, PARROT.Parrot(), tmp_path / "r.json", examples).evaluate()
+    return session.Session(chosen, args, Parrot(), tmp_path / "r.json", examples).evaluate()
 
 
 def test_report_has_controls_and_text_only(tmp_path: Path) -> None:
@@ -274,7 +262,7 @@ def test_controls_that_cannot_be_made_say_why() -> None:
     bare = [Conversation.ask([], "q")]
     for name in controls.RUNS:
         with pytest.raises(controls.NoControl, match="have no pictures"):
-            controls.run(name, bare, PARROT.Parrot().blank_image)
+            controls.run(name, bare, Parrot().blank_image)
 
 
 def test_every_control_has_one_meaning_and_a_score_or_a_reason(tmp_path: Path) -> None:
@@ -288,7 +276,7 @@ def test_every_control_has_one_meaning_and_a_score_or_a_reason(tmp_path: Path) -
 def test_one_picture_cannot_be_shuffled(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    PARROT.Parrot().blank_image().save(folder / "a.png")
+    Parrot().blank_image().save(folder / "a.png")
     rows = [{"file_name": "a.png", "question": f"q{n}?", "answer": "red"} for n in range(12)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     block = evaluated(tmp_path, "--split", "all", task="folder-vqa", data=str(folder))
