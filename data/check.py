@@ -17,7 +17,7 @@ from vlm.config import CAPTION_PROMPT
 from vlm.conversation import ImageSource
 from vlm.data.duplicates import Print, duplicate_groups, leaks, print_of
 from vlm.data.example import Example
-from vlm.data.readers import BAD_SHARE, Reading, dev_is_from_train, read_source
+from vlm.data.readers import BAD_SHARE, Reading, dev_is_from_train, read_source, told_texts
 from vlm.data.rows import BadRow
 from vlm.data.splits import image_key
 from vlm.data.text import all_spoken
@@ -36,6 +36,8 @@ class PartReport:
     examples: int = 0
     pictures: int = 0
     bad: list[BadRow] = field(default_factory=list)
+    texts: int = 0
+    """Rows that are about no picture and are left out."""
     sizes: Counter[str] = field(default_factory=Counter)
     """"WIDTHxHEIGHT" -> pictures."""
     answer_words: Counter[int] = field(default_factory=Counter)
@@ -62,7 +64,7 @@ class PartReport:
 
     def lines(self) -> list[str]:
         """What the usable rows hold, in lines for people: answers, words, pictures that look alike."""
-        lines = []
+        lines = [f"  {told_texts(self.texts)}"] if self.texts else []
         if self.answer_words:
             total = sum(self.answer_words.values())
             once = sum(count == 1 for count in self.vocabulary.values())
@@ -88,8 +90,9 @@ class PartReport:
         return {
             "part": self.name, "examples": self.examples, "pictures": self.pictures,
             "bad": len(self.bad), "bad_share": round(self.bad_share, 6), "causes": dict(self.causes),
-            "bad_rows": [str(row) for row in self.bad], "duplicates": self.duplicates,
-            "repeated": self.repeated, "sizes": dict(self.sizes.most_common(20)),
+            "bad_rows": [str(row) for row in self.bad], "without_picture": self.texts,
+            "duplicates": self.duplicates, "repeated": self.repeated,
+            "sizes": dict(self.sizes.most_common(20)),
             "answer_words": dict(sorted(self.answer_words.items())), "vocabulary": len(self.vocabulary),
             "answers": dict(self.answers.most_common(50)), "question_types": dict(self.question_types),
         }  # fmt: skip
@@ -183,7 +186,7 @@ def check_reading(
     reading: Reading, name: str, progress: Progress | None = None
 ) -> tuple[PartReport, list[Print]]:
     """Check one part: decode, count, look for duplicates."""
-    report = PartReport(name, bad=list(reading.bad))
+    report = PartReport(name, bad=list(reading.bad), texts=len(reading.texts))
     decoded, prints = _decode(reading, report, progress)
     usable, silent = all_spoken(decoded)
     report.bad += silent

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,16 @@ class Pictures:
     called after a part (`val2014`), and in the folder itself, never in another set's folder."""
 
     def __init__(self, base: Path) -> None:
+        self.base = base
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Where pictures may lie, in this order."""
+        base = self.base
         own = [folder for folder in sorted(base.iterdir()) if folder.is_dir()]
         first = [folder for folder in own if folder.name.lower() == "images"]
         above = [f for f in sorted(base.parent.iterdir()) if _PART.fullmatch(f.name.lower()) and f.is_dir()]
-        self.folders = list(dict.fromkeys([*first, base, *own, *above, base.parent]))
+        return list(dict.fromkeys([*first, base, *own, *above, base.parent]))
 
     def find(self, name: str) -> Path | None:
         """The first file of that name, or None."""

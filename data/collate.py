@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vlm.conversation import ImageSource, Turn
 from vlm.data.example import Example
 from vlm.data.mirror import mirrored, says_sides
-from vlm.data.rows import BadRow
+from vlm.data.rows import BadRow, TextRow
 from vlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Source:
         bad: rows that could not be used.
         unused: sound rows that say nothing to learn (an opinion that makes no pair).
         passed_by: sound rows of pictures that the recipe leaves out.
+        texts: sound rows that are about no picture.
     """
 
     examples: Sequence[Example]
@@ -44,6 +45,7 @@ class Source:
     bad: Sequence[BadRow] = ()
     unused: int = 0
     passed_by: int = 0
+    texts: Sequence[TextRow] = ()
 
 
 @dataclass(frozen=True)

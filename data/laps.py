@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vlm.data.example import Example
 from vlm.data.readers import TARS, shards_in
-from vlm.data.rows import BadRow
+from vlm.data.rows import Item
 from vlm.data.shards import Part, Shard, expand, parts_of
 from vlm.data.splits import canonical_split
 from vlm.data.streams import file_rows, guarded, hub_name, hub_part
@@ -39,7 +38,7 @@ class Place:
     row: int = 0
 
 
-Row = tuple[Place, list[Example | BadRow]]
+Row = tuple[Place, list[Item]]
 """The place after a row, and what the row holds."""
 
 

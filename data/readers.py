@@ -21,7 +21,7 @@ from pathlib import Path
 from vlm.data import coco
 from vlm.data.convert import daquar, easy_vqa, flickr8k
 from vlm.data.example import Example
-from vlm.data.rows import BadRow
+from vlm.data.rows import BadRow, Find, Item, TextRow, picture_finder
 from vlm.data.shards import Shard
 from vlm.data.splits import canonical_split, split_by_image
 from vlm.data.streams import hub_name, read_hub, read_parquet, read_webdataset
@@ -48,7 +48,7 @@ SHOWN = 5
 
 @dataclass
 class Reading:
-    """What a source holds: usable examples, unusable rows."""
+    """What a source holds: usable examples, unusable rows, rows that are about no picture."""
 
     source: str
     examples: list[Example] = field(default_factory=list)
@@ -57,6 +57,7 @@ class Reading:
     """Whether the source itself says which rows are its train, dev and test parts."""
     passed_by: int = 0
     """Usable rows that are left out on purpose."""
+    texts: list[TextRow] = field(default_factory=list)
 
     @property
     def causes(self) -> Counter[str]:
@@ -76,6 +77,13 @@ class Reading:
         more = f"; and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
         return f"{self.source}: {len(self.bad)} rows cannot be used: {causes}. {named}{more}"
 
+    def log_left_out(self) -> None:
+        """Warns of the rows that are left out, bad ones by name."""
+        if self.bad:
+            log.warning("%s", self.summary())
+        if self.texts:
+            log.warning("%s: %s", self.source, told_texts(len(self.texts)))
+
     def require_sound(self) -> None:
         """Raises:
         DataError: more than 1 % of the rows cannot be used, or nothing is left.
@@ -83,18 +91,23 @@ class Reading:
         if self.bad_share > BAD_SHARE:
             raise DataError(f"{self.summary()} (at most {BAD_SHARE:.0%} may be; see `vlm data check`)")
         if not self.examples:
-            raise DataError(f"{self.source} holds no example: no row was found in it")
+            why = "none of its rows names a picture" if self.texts else "no row was found in it"
+            raise DataError(f"{self.source} holds no example: {why}")
 
     def checked(self) -> list[Example]:
-        """The examples, after a warning that names what was left out.
+        """The examples, after a warning of what was left out.
 
         Raises:
             DataError: more than 1 % of the rows cannot be used, or nothing is left.
         """
         self.require_sound()
-        if self.bad:
-            log.warning("%s", self.summary())
+        self.log_left_out()
         return self.examples
+
+
+def told_texts(count: int) -> str:
+    """How many rows are about no picture, for people."""
+    return f"no picture: {count:,} rows left out"
 
 
 def public_set(folder: Path) -> str | None:
@@ -111,18 +124,28 @@ def dev_is_from_train(source: str | Path) -> bool:
     return folder.is_dir() and public_set(folder) in ("daquar", "easy-vqa")
 
 
-def _collect(source: str, items: Iterator[Example | BadRow]) -> Reading:
+def _collect(source: str, items: Iterator[Item]) -> Reading:
     reading = Reading(source)
     for item in items:
-        (reading.bad if isinstance(item, BadRow) else reading.examples).append(item)  # type: ignore[arg-type]
+        if isinstance(item, BadRow):
+            reading.bad.append(item)
+        elif isinstance(item, TextRow):
+            reading.texts.append(item)
+        else:
+            reading.examples.append(item)
     return reading
 
 
-def _json_file(path: Path, split: str) -> tuple[Iterator[Example | BadRow], bool]:
+def _beside(path: Path) -> Find:
+    """Finds a table's pictures: as it names them; else where COCO's would lie (`images/`, `train2017/`)."""
+    return picture_finder(path.parent, elsewhere=coco.Pictures(path.parent).find)
+
+
+def _json_file(path: Path, split: str) -> tuple[Iterator[Item], bool]:
     """(examples, whether the file itself says which split is which)."""
     table = coco.read_json(path)
     if isinstance(table, list):
-        return to_examples(json_list_rows(table, path.name), path.parent), False
+        return to_examples(json_list_rows(table, path.name), _beside(path)), False
     kind = coco.kind_of(table)
     if kind == "karpathy":
         return coco.read_karpathy(table, path, "train" if split == "train-rest" else split), True
@@ -135,10 +158,10 @@ def _json_file(path: Path, split: str) -> tuple[Iterator[Example | BadRow], bool
     )
 
 
-def _file(path: Path, split: str, shard: Shard) -> tuple[Iterator[Example | BadRow], bool]:
+def _file(path: Path, split: str, shard: Shard) -> tuple[Iterator[Item], bool]:
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".jsonl"):
-        return to_examples(text_rows(path), path.parent), False
+        return to_examples(text_rows(path), _beside(path)), False
     if suffix == ".json":
         return _json_file(path, split)
     if suffix == ".parquet":
@@ -193,9 +216,7 @@ def own_dev(folder: Path) -> Path | None:
     return parts.get("dev") if "train" in parts else None
 
 
-def _folder(
-    folder: Path, split: str, shard: Shard, pictures: bool
-) -> tuple[Iterator[Example | BadRow], bool]:
+def _folder(folder: Path, split: str, shard: Shard, pictures: bool) -> tuple[Iterator[Item], bool]:
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
         return read_image_folder(folder, pictures), False

@@ -6,6 +6,9 @@
 
 Column names are read in any case (`File_Name`). Every value is read as text: "007" stays "007", `true` and
 `N/A` stay words. A row that cannot be used is a `BadRow` that says why; nothing is dropped in silence.
+
+Instruction files hold conversations about no picture among the others, and question sets questions whose
+picture is null. Nothing is wrong with such a `TextRow`; it is left out and counted.
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ ID_COLUMNS = ("id", "question_id", "__key__")
 KNOWN_COLUMNS = frozenset(
     (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *TALK_COLUMNS, *ID_COLUMNS)
 )
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant"}
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
+    "system": "system", "developer": "system",
+}  # fmt: skip
 PLACEHOLDER = "<image>"
 
 Find = Callable[[Any], ImageSource]
@@ -50,6 +56,17 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A sound row that is about no picture, by where it stands: there is nothing in it for an adapter."""
+
+    where: str
+
+
+Item = Example | BadRow | TextRow
+"""What a reader finds in a row."""
 
 
 class RowError(Exception):
@@ -100,9 +117,14 @@ def _texts(value: Any) -> list[str]:
 def _images(row: Mapping[str, Any], find: Find) -> tuple[ImageSource, ...]:
     value = _first(row, IMAGE_COLUMNS)
     if value is None:
-        raise RowError("no picture column", ", ".join(map(str, row))[:80])
+        return ()
     items = value if isinstance(value, list | tuple) else [value]
     return tuple(find(item) for item in items)
+
+
+def _no_picture(row: Mapping[str, Any]) -> RowError:
+    named = any(name in row for name in IMAGE_COLUMNS)
+    return RowError("no picture named" if named else "no picture column", ", ".join(map(str, row))[:80])
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, str]:
@@ -138,7 +160,8 @@ def _turn(role: str, text: str, next_image: int, total: int) -> tuple[Turn, int]
     return Turn("user" if role == "user" else "assistant", tuple(parts)), next_image
 
 
-def _talk(value: Any, images: tuple[ImageSource, ...]) -> list[Turn]:
+def _said(value: Any) -> list[tuple[str, str]]:
+    """(speaker, words) of each turn of a conversation; a picture among the words is a placeholder."""
     if isinstance(value, str):
         try:
             value = load_json(value)
@@ -146,22 +169,43 @@ def _talk(value: Any, images: tuple[ImageSource, ...]) -> list[Turn]:
             raise RowError("conversation is no list", value[:60]) from None
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise RowError("conversation is no list", as_text(value)[:60])
-    turns: list[Turn] = []
-    used = 0
+    said = []
     for item in value:
-        role = ROLES.get(as_text(item.get("from", item.get("role"))).lower())
-        if role is None:
-            raise RowError("unknown speaker", as_text(item.get("from", item.get("role")))[:40])
         text = item.get("value", item.get("content", ""))
         if isinstance(text, list):  # chat layout: parts of type text or image
             text = "".join(map(_part_text, text))
-        turn, used = _turn(role, as_text(text), used, len(images))
+        said.append((as_text(item.get("from", item.get("role"))), as_text(text)))
+    return said
+
+
+def _talk(said: Sequence[tuple[str, str]], total: int) -> list[Turn]:
+    """The turns of a conversation about so many pictures.
+
+    System words go before the first user's, as they do in `vlm serve`: the model's frame has no system turn.
+    """
+    turns: list[Turn] = []
+    system: list[str] = []
+    used = 0
+    for speaker, text in said:
+        role = ROLES.get(speaker.lower())
+        if role is None:
+            raise RowError("unknown speaker", speaker[:40])
+        if role == "system":
+            system += [text.strip()] if text.strip() else []
+            continue
+        turn, used = _turn(role, text, used, total)
         turns.append(turn)
-    rest = tuple(ImageSlot(i) for i in range(used, len(images)))
-    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if rest and first is not None:  # pictures that no placeholder names stand before the first question
-        turns[first] = Turn("user", (*rest, *turns[first].parts))
+    if turns and turns[0].role == "user":
+        before = ("\n".join(system) + "\n",) if system else ()
+        rest = [ImageSlot(i) for i in range(used, total)]
+        turns[0] = Turn("user", (*before, *_with_rest(turns[0].parts, rest)))
     return turns
+
+
+def _with_rest(parts: tuple[str | ImageSlot, ...], rest: Sequence[ImageSlot]) -> Sequence[str | ImageSlot]:
+    """A question with the pictures that no placeholder names: behind its last one that is, or before it."""
+    last = max((i for i, part in enumerate(parts) if isinstance(part, ImageSlot)), default=-1)
+    return (*parts[: last + 1], *rest, *parts[last + 1 :])
 
 
 def _part_text(part: Any) -> str:
@@ -171,9 +215,9 @@ def _part_text(part: Any) -> str:
 
 
 def _from_talk(
-    value: Any, images: tuple[ImageSource, ...], id: str, meta: Mapping[str, str]
+    said: Sequence[tuple[str, str]], images: tuple[ImageSource, ...], id: str, meta: Mapping[str, str]
 ) -> list[Example]:
-    turns = _talk(value, images)
+    turns = _talk(said, len(images))
     if not turns or turns[0].role != "user":
         raise RowError("conversation does not begin with a question")
     examples = []
@@ -194,6 +238,9 @@ def _from_talk(
 def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
     """The examples of one row: one, one per assistant turn of a conversation, or a question and a caption.
 
+    None of a row that is about no picture: a conversation that points at none, or a question whose picture
+    column says null. An empty cell says nothing: where a table has a question or a caption, it is a slip.
+
     Args:
         row: column -> value.
         where: the row's place; it is the id where the row has none.
@@ -208,10 +255,19 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     meta = _meta(row)
     talk = _first(row, TALK_COLUMNS)
     if talk is not None:
-        return _from_talk(talk, images, id, MappingProxyType({"task": "vqa"} | meta))
+        said = _said(talk)
+        if images:
+            return _from_talk(said, images, id, MappingProxyType({"task": "vqa"} | meta))
+        if any(PLACEHOLDER in text and ROLES.get(speaker.lower()) == "user" for speaker, text in said):
+            raise _no_picture(row)
+        return []
     slots = tuple(ImageSlot(i) for i in range(len(images)))
     captions = next((found for name in CAPTION_COLUMNS if (found := _texts(row.get(name)))), [])
     question = as_text(_first(row, QUESTION_COLUMNS)).strip()
+    if not images:
+        if question and not captions and any(row.get(name, "") in (None, []) for name in IMAGE_COLUMNS):
+            return []
+        raise _no_picture(row)
     examples = []
     if question:
         answers = next((found for name in ANSWER_COLUMNS if (found := _texts(row.get(name)))), [])
@@ -229,10 +285,16 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     return examples
 
 
-def picture_finder(base: Path, needed: bool = True) -> Find:
+def _nowhere(_: str) -> Path | None:
+    return None
+
+
+def picture_finder(
+    base: Path, needed: bool = True, elsewhere: Callable[[str], Path | None] = _nowhere
+) -> Find:
     """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both.
 
-    `needed=False`: paths are not looked up.
+    `needed=False`: paths are not looked up. `elsewhere` finds those that do not lie where they should.
 
     Question sets hold a picture once for each of its questions, side by side: the bytes are kept once.
     """
@@ -250,7 +312,7 @@ def picture_finder(base: Path, needed: bool = True) -> Find:
             raise RowError("no picture named")
         if "://" in name:
             raise RowError("picture is a web address", name[:80])
-        path = existing(base, name) if needed else base / name
+        path = existing(base, name) or elsewhere(name) if needed else base / name
         if path is None:
             raise RowError("picture missing", name[:80])
         return path

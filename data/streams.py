@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from vlm.data.example import Example
-from vlm.data.rows import IMAGE_COLUMNS, BadRow, RowError, as_text, load_json
+from vlm.data.rows import IMAGE_COLUMNS, BadRow, Item, RowError, as_text, load_json
 from vlm.data.shards import Part, Shard, parts_of
 from vlm.data.tables import Rows, text_rows, to_examples
 from vlm.errors import DataError
@@ -172,13 +171,13 @@ def guarded(examples: Iterator[T], name: str) -> Iterator[T]:
         raise DataError(f"{name} cannot be read: {reason}") from error
 
 
-def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Example | BadRow]:
+def _read_files(kind: str, files: Sequence[Path], shard: Shard) -> Iterator[Item]:
     name = files[0].name if len(files) == 1 else f"{files[0].parent.name}/*{files[0].suffix}"
     rows = shard_rows(kind, [str(file) for file in files], shard)
     return guarded(to_examples(rows, files[0].parent), name)
 
 
-def read_parquet(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
+def read_parquet(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Item]:
     """The rows of Parquet files, in order; a picture column holds {"bytes", "path"} or paths.
 
     `shard` = (rank, world): the part of one of `world` readers; together they read every row once.
@@ -186,7 +185,7 @@ def read_parquet(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Examp
     return _read_files("parquet", files, shard)
 
 
-def read_webdataset(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
+def read_webdataset(files: Sequence[Path], shard: Shard = (0, 1)) -> Iterator[Item]:
     """The samples of WebDataset tar shards: `KEY.jpg` with `KEY.txt` (a caption) or `KEY.json` (columns)."""
     return _read_files("webdataset", files, shard)
 
@@ -206,7 +205,7 @@ def _remote_rows(url: str) -> Rows:
     return text_rows(Path(PurePosixPath(url).name), _remote_text(url))
 
 
-def _remote_examples(urls: Sequence[str], shard: Shard) -> Iterator[Example | BadRow]:
+def _remote_examples(urls: Sequence[str], shard: Shard) -> Iterator[Item]:
     """Text tables and the pictures that stand beside them, wherever `datasets` found them.
 
     Every reader reads the tables; each opens the pictures of its own rows alone.
@@ -276,7 +275,7 @@ def hub_rows(found: HubPart, name: str, shard: Shard = (0, 1), without: Sequence
     return _stream_rows(stream.remove_columns(unread) if unread else stream, name, shard)
 
 
-def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator[Example | BadRow]:
+def read_hub(repo: str, split: str = "train", shard: Shard = (0, 1)) -> Iterator[Item]:
     """A data set of the hub (or a local folder in its layout), streamed.
 
     Args:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.convert.common import read_text
-from vlm.data.example import Example
 from vlm.data.rows import (
     KNOWN_COLUMNS,
     BadRow,
     Find,
+    Item,
     RowError,
+    TextRow,
     examples_from_row,
     known_column,
     load_json,
@@ -115,15 +116,15 @@ def json_list_rows(table: list[Any], name: str) -> Rows:
         yield place, row if isinstance(row, dict) else BadRow(place, "not a JSON object", str(row)[:60])
 
 
-def to_examples(rows: Rows, pictures: Path | Find) -> Iterator[Example | BadRow]:
-    """Rows -> examples, and the rows that cannot be used; pictures lie below a folder or are found."""
+def to_examples(rows: Rows, pictures: Path | Find) -> Iterator[Item]:
+    """Rows -> examples, and the rows that give none; pictures lie below a folder or are found."""
     find = picture_finder(pictures) if isinstance(pictures, Path) else pictures
     for place, row in rows:
         if isinstance(row, BadRow):
             yield row
             continue
         try:
-            yield from examples_from_row(row, place, find)
+            yield from examples_from_row(row, place, find) or [TextRow(place)]
         except RowError as error:
             yield BadRow(place, error.cause, error.detail)
 
@@ -154,7 +155,7 @@ def metadata_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_image_folder(folder: Path, pictures: bool = True) -> Iterator[Example | BadRow]:
+def read_image_folder(folder: Path, pictures: bool = True) -> Iterator[Item]:
     """The examples of a folder with `metadata.csv` or `metadata.jsonl` (the imagefolder convention).
 
     `pictures=False`: they need not be there.

@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, read_config, replace_files
+from vlm.data.readers import told_texts
 from vlm.errors import DataError
 from vlm.options import make_parser
 from vlm.train import wins
@@ -177,6 +178,7 @@ def _data(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
         f"{seen}; hash `{facts['data_hash'][:16]}`.",
         f"{facts['held_out']} pictures were set aside." if facts.get("held_out") else "",
         f"{facts['unreadable']} could not be read and were left out." if facts.get("unreadable") else "",
+        f"{told_texts(facts['without_picture'])}." if facts.get("without_picture") else "",
     ]
     head = ("data", "part", "use", "weight", "licence")
     return "## Data\n\n" + table(head, rows) + "\n" + " ".join(filter(None, rest))

@@ -12,7 +12,7 @@ from vlm.data.check import PartReport, count
 from vlm.data.collate import Group, Source, group_name, image_name, masked_text, told_of
 from vlm.data.duplicates import Print, leaks
 from vlm.data.example import Example
-from vlm.data.readers import Reading
+from vlm.data.readers import Reading, told_texts
 from vlm.data.rows import BadRow
 from vlm.errors import DataError
 from vlm.images import ImageError, open_picture
@@ -45,6 +45,8 @@ class Checked:
     def text(self) -> str:
         """What was found, in lines for people."""
         lines = [_rows_text(self.reading)]
+        if self.reading.texts:
+            lines.append(f"  {told_texts(len(self.reading.texts))}")
         if self.contents is not None:
             lines += self.contents.lines()
         if self.leaks:
@@ -106,7 +108,8 @@ def check(name: str, sources: Sequence[Source], held: Sequence[Example], store: 
             cause = f"picture {problem.code}".replace("_", " ")
             bad[BadRow(example.id, cause, str(problem))] = None
     passed_by = sum(source.passed_by for source in sources)
-    reading = Reading(name, list(sound.values()), list(bad), passed_by=passed_by)
+    texts = list(dict.fromkeys(row for source in sources for row in source.texts))
+    reading = Reading(name, list(sound.values()), list(bad), passed_by=passed_by, texts=texts)
     reading.require_sound()
     contents = None
     if store.looks:

@@ -70,7 +70,7 @@ def read_source(source: SourceConfig, config: TrainConfig) -> Source:
         examples = questions_from_captions(examples, seed=config.seed)
     said, silent = all_spoken(examples)
     bad = [*reading.bad, *silent]
-    return Source(said, source.per_image, source.weight, bad, passed_by=passed_by)
+    return Source(said, source.per_image, source.weight, bad, passed_by=passed_by, texts=reading.texts)
 
 
 def own_part(config: TrainConfig) -> Source | None:
@@ -109,7 +109,7 @@ def set_aside(
     if not share:
         return list(sources), []
     if part is not None:
-        first = replace(sources[0], bad=[*sources[0].bad, *part.bad])
+        first = replace(sources[0], bad=[*sources[0].bad, *part.bad], texts=[*sources[0].texts, *part.texts])
         return [first, *sources[1:]], list(part.examples)
     try:
         _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)

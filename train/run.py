@@ -20,7 +20,7 @@ from vlm.checkpoint import build_model, load_model
 from vlm.config import to_dict
 from vlm.data.collate import Group, Source
 from vlm.data.example import Example
-from vlm.data.readers import Reading
+from vlm.data.readers import Reading, told_texts
 from vlm.errors import ConfigError
 from vlm.features import FeatureCache
 from vlm.model import VLM
@@ -276,7 +276,10 @@ def _run(trainer: Trainer, screen: Screen, held: Sequence[Example], reading: Rea
     config = trainer.config
     plan = preflight(trainer)
     screen.say(plan.text())
-    facts = _facts(trainer, plan, held) | {"left_out": [str(row) for row in reading.bad]}
+    facts = _facts(trainer, plan, held) | {
+        "left_out": [str(row) for row in reading.bad],
+        "without_picture": len(reading.texts),
+    }
     record = Record(config, trainer.accelerator, screen, trainer.step, facts)
     trainer.report = record
     earlier = trainer.seconds
@@ -295,6 +298,8 @@ def _run(trainer: Trainer, screen: Screen, held: Sequence[Example], reading: Rea
             **counted,
         )
     screen.say(plan.compared(trainer.seconds - earlier))
+    if texts := counted.get("without_picture"):
+        screen.say(told_texts(texts))
     return trainer.step >= config.steps
 
 

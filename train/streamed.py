@@ -18,7 +18,7 @@ from vlm.data.collate import Group, Source, epoch_batches, group_by_image, group
 from vlm.data.example import Example
 from vlm.data.laps import Place, find_laps
 from vlm.data.readers import BAD_SHARE
-from vlm.data.rows import BadRow
+from vlm.data.rows import BadRow, TextRow
 from vlm.data.text import all_spoken
 from vlm.errors import ConfigError, DataError
 from vlm.model import VLM
@@ -40,6 +40,7 @@ class Feed:
         place: where the window begins.
         used: batches of the window that have been given out.
         rows, bad: rows that were read since the run's first step, and those that cannot be used.
+        texts: rows about no picture, which count among neither.
 
     Raises:
         ConfigError: fewer pictures a step than processes.
@@ -63,6 +64,7 @@ class Feed:
         self.most = max(self.size, min(BATCHES * self.size, held // 2))
         self.place, self.after, self.used = Place(), Place(), 0
         self.rows = self.bad = self.rows_after = self.bad_after = 0
+        self.texts = self.texts_after = 0
         model.encoder.to(processes.accelerator.device)
 
     def window(self) -> tuple[list[Group], FeatureStore]:
@@ -73,13 +75,14 @@ class Feed:
         """
         began = self.place.lap
         while True:
-            examples, bad, count = self._read()
+            examples, bad, count, texts = self._read()
             source = Source(examples, self.source.per_image, self.source.weight)
             features, hints = self.model.features, self.model.config.hints
             groups = group_by_image([source])
             store = FeatureStore(features, groups, self.config.flip, hints, lambda *_: None)
             self.rows_after = self.rows + count
             self.bad_after = self.bad + len(bad) + len(store.bad)
+            self.texts_after = self.texts + texts
             self._judge([str(row) for row in bad] + [str(problem) for problem in store.bad.values()])
             if usable := store.usable(groups):
                 return usable, store
@@ -87,23 +90,24 @@ class Feed:
                 raise DataError(f"process {self.rank} finds nothing to learn in its share of the shards")
             self.advance()
 
-    def _read(self) -> tuple[list[Example], list[BadRow], int]:
-        """(examples, unusable rows, number of rows) from `place` on; sets `after`."""
+    def _read(self) -> tuple[list[Example], list[BadRow], int, int]:
+        """(examples, unusable rows, number of rows, rows about no picture) from `place` on; sets `after`."""
         examples: list[Example] = []
         bad: list[BadRow] = []
         names: set[str] = set()
-        count = 0
+        count = texts = 0
         for after, found in self.laps.rows(self.place):
-            count += 1
-            said, silent = all_spoken(item for item in found if not isinstance(item, BadRow))
+            about_none = any(isinstance(item, TextRow) for item in found)
+            count, texts = count + (not about_none), texts + about_none
+            said, silent = all_spoken(item for item in found if isinstance(item, Example))
             bad += [*(item for item in found if isinstance(item, BadRow)), *silent]
             examples += said
             names.update(group_name(example.images) for example in said)
             if len(names) >= self.most:
                 self.after = after
-                return examples, bad, count
+                return examples, bad, count, texts
         self.after = Place(self.place.lap + 1)
-        return examples, bad, count
+        return examples, bad, count, texts
 
     def _judge(self, bad: Sequence[str]) -> None:
         done = self.rows_after >= ENOUGH or self.after.lap > self.place.lap
@@ -117,16 +121,17 @@ class Feed:
     def advance(self) -> None:
         """Leaves the window behind."""
         self.place, self.used = self.after, 0
-        self.rows, self.bad = self.rows_after, self.bad_after
+        self.rows, self.bad, self.texts = self.rows_after, self.bad_after, self.texts_after
 
     def state(self) -> list[int]:
         """Where this process stands, in numbers."""
         place = self.place
-        return [place.lap, place.part, place.row, self.used, self.rows, self.bad]
+        return [place.lap, place.part, place.row, self.used, self.rows, self.bad, self.texts]
 
     def restore(self, state: Sequence[int]) -> None:
         """Goes to where a process stood."""
-        lap, part, row, self.used, self.rows, self.bad = state
+        # States of runs that did not count rows about no picture have six numbers.
+        lap, part, row, self.used, self.rows, self.bad, self.texts = (*state, 0)[:7]
         self.place = Place(lap, part, row)
 
 
@@ -192,5 +197,7 @@ class StreamTrainer(Trainer):
 
     def counted(self) -> dict[str, Any]:
         """Rows that the processes have read for the steps so far; every process calls it."""
-        rows, bad = self.processes.sums([self.feed.rows_after, self.feed.bad_after])
-        return {"streamed": {"rows": int(rows), "unusable": int(bad), "laps": self.feed.place.lap}}
+        feed = self.feed
+        rows, bad, texts = map(int, self.processes.sums([feed.rows_after, feed.bad_after, feed.texts_after]))
+        found = {"rows": rows, "unusable": bad, "laps": feed.place.lap}
+        return {"streamed": found, "without_picture": texts}

@@ -52,6 +52,7 @@ def elsewhere(root: Path, split: str, pictures: bool) -> list[Example]:
     reading = read_source(root, "train" if split == "all" else split, divide=False, pictures=pictures)
     if reading.bad:
         raise DataError(f"{root}: {len(reading.bad)} rows cannot be used, the first: {reading.bad[0]}")
+    reading.log_left_out()
     return reading.examples
 
 

@@ -148,7 +148,11 @@ def test_llava_conversations() -> None:
         (llava(("robot", "Hello")), "unknown speaker"),
         ({"image": "0.png", "conversations": "text"}, "conversation is no list"),
         ({"image": "0.png", "question": "What?"}, "empty answer"),
-        ({"image": "", "text": "x"}, "no picture column"),
+        ({"image": "", "text": "x"}, "no picture named"),
+        ({"image": None, "text": "x"}, "no picture named"),
+        ({"image": "", "question": "What?", "answer": "x"}, "no picture named"),
+        (llava(("human", "<image>\nWhat?"), ("gpt", "A dog"), image=None), "no picture named"),
+        ({"conversations": llava(("human", "<image>\nWhat?"))["conversations"]}, "no picture column"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], cause: str) -> None:
@@ -173,7 +177,8 @@ def test_any_row_gives_examples_or_a_cause(row: dict[str, Any]) -> None:
     except RowError as error:
         assert error.cause
         return
-    assert examples and all(example.answers and all(example.answers) for example in examples)
+    assert examples or not row.get("image"), "only a row about no picture gives nothing"
+    assert all(example.answers and all(example.answers) for example in examples)
 
 
 def test_coco_captions_and_vqa(tmp_path: Path, save: Callable[..., Path]) -> None:
