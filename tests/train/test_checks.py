@@ -84,6 +84,27 @@ def test_a_few_bad_rows_are_left_out_counted_and_named(
     assert facts["unreadable"] == 1
 
 
+def test_rows_about_no_picture_are_counted_and_nobodys_fault(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An instruction file that holds more texts than pictures; the part that is set aside has some too."""
+    from vlm.train.run import train
+
+    folder = own(0)
+    (folder / "metadata.csv").unlink()
+    talk = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "dog"}]
+    rows: list[dict[str, Any]] = [{"id": f"t{n}", "conversations": talk} for n in range(1200)]
+    rows += [{"id": f"p{n}", "image": f"{n}.png", "conversations": talk} for n in range(PICTURES)]
+    (folder / "mix.json").write_text(json.dumps(rows))
+    config = of(recipe, folder, steps=1, holdout=0.25)
+    assert train(config, offline=True)
+    said = capsys.readouterr().err
+    assert f"{folder}: all of its 8 rows can be used\n  no picture: 1,200 rows left out\n" in said
+    facts = json.loads((Path(config.out) / "run.json").read_text())
+    assert (facts["left_out"], facts["without_picture"]) == ([], 1200)
+    assert "no picture: 1,200 rows left out." in (Path(config.out) / "README.md").read_text()
+
+
 def test_a_sound_folder_is_said_to_be_so(
     own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

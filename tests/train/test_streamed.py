@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -187,6 +189,26 @@ def test_unusable_rows_are_counted(streamed: Any, shards: Path) -> None:
     file.write_bytes(content.replace(b"\x89PNG", b"\x00PNG", 1))
     with pytest.raises(DataError, match="1 of 11 rows cannot be used"):
         laps_of(streamed(), 0, 1, 1)
+
+
+def test_rows_about_no_picture_are_counted_apart(
+    streamed: Any, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no bad rows, and a run that goes on counts on."""
+    from vlm.train.run import train
+
+    talk = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
+    content = json.dumps({"conversations": talk}).encode()
+    with tarfile.open(shards / "train-001.tar", "a") as tar:
+        info = tarfile.TarInfo("text.json")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    config = streamed(out=str(tmp_path / "out"), steps=4)
+    assert train(config, offline=True)
+    assert "no picture: 1 rows left out" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert facts["streamed"] == {"rows": 11, "unusable": 0, "laps": 0}
+    assert facts["without_picture"] == 1
 
 
 def test_a_share_with_nothing_in_it(streamed: Any, write_shards: Any, tmp_path: Path) -> None:
