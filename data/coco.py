@@ -35,7 +35,9 @@ def read_json(path: Path) -> Any:
     try:
         return load_json(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+        lines = getattr(error, "msg", "") == "Extra data"
+        hint = " (a file with one object a line is to end in .jsonl)" if lines else ""
+        raise DataError(f"{path} is not JSON: {error}{hint}") from None
 
 
 def kind_of(table: Any) -> str | None:

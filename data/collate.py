@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,10 @@ from vlm.errors import DataError
 if TYPE_CHECKING:
     from vlm.language import LanguageModel
     from vlm.processor import Processor, Row, Tokens
+
+
+ROOM = 32
+"""Tokens that a picture's hints, and the frame around a turn, stay below."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +223,45 @@ def told_of(
 
 
 def rows_of(told: Sequence[tuple[Tokens, float]], processor: Processor, shared: bool = True) -> list[Row]:
-    """One row; or one for each answer, where not `shared` or where the adapter reads the question too."""
+    """One row for all that shows the pictures in the same places.
+
+    One for each answer, where not `shared` or where the adapter reads the question too.
+    """
     if processor.question_aware or not shared:
         return [processor.row([tokens], [weight]) for tokens, weight in told]
-    return [processor.row([tokens for tokens, _ in told], [weight for _, weight in told])]
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Tokens, float]]] = {}
+    for tokens, weight in told:
+        places = (tuple(tokens.images), tuple(tokens.image_places))
+        alike.setdefault(places, []).append((tokens, weight))
+    return [processor.row([t for t, _ in same], [weight for _, weight in same]) for same in alike.values()]
+
+
+def all_fitting(examples: Iterable[Example], processor: Processor) -> tuple[list[Example], list[BadRow]]:
+    """The examples that the model can read whole, and those with too many words or pictures."""
+    fitting: list[Example] = []
+    unfit: list[BadRow] = []
+    for example in examples:
+        try:
+            _require_fit(example, processor)
+        except DataError as problem:
+            unfit.append(BadRow(example.id, "too much for the model", str(problem)))
+        else:
+            fitting.append(example)
+    return fitting, unfit
+
+
+def _require_fit(example: Example, processor: Processor) -> None:
+    """Raises:
+    DataError: as `Processor.tokens`; what is short enough in bytes, of which a token has one at least, is not
+        made into tokens for it.
+    """
+    answer = max(example.answers, key=len)
+    size = sum(len(text.encode()) for text in (answer, *(turn.text for turn in example.turns)))
+    size += ROOM * (len(example.turns) + len(example.images)) + processor.soft_tokens * len(example.images)
+    if size > processor.max_positions or len(example.images) > processor.max_group:
+        tokens = len(processor.tokens(example, answer)) + ROOM * len(example.images)
+        if tokens > processor.max_positions:
+            raise DataError(f"{tokens} tokens; the language model reads {processor.max_positions}")
 
 
 def masked_text(tokens: Tokens, language: LanguageModel) -> str:

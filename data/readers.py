@@ -242,12 +242,20 @@ def _folder(folder: Path, split: str, shard: Shard, pictures: bool) -> tuple[Ite
         tables = [path for path in tables if "annotation" not in path.name.lower()]
     if len(tables) == 1:
         return _file(tables[0], split, shard)
-    hint = (
-        "several tables; name one of them"
-        if tables
-        else "no metadata.csv, metadata.jsonl, Parquet or tar files"
-    )
-    raise DataError(f"{folder} has {hint}")
+    raise DataError(f"{folder} has {_no_table(folder, tables)}")
+
+
+def _no_table(folder: Path, tables: list[Path]) -> str:
+    """Why a folder cannot be read as it is, and what would help."""
+    below = [path for suffix in TABLES for path in sorted(folder.glob(f"*/*{suffix}"))]
+    names = [str(path.relative_to(folder)) for path in tables or below]
+    named = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    if tables:
+        return f"several tables; name one of them: {named}"
+    none = "no metadata.csv, metadata.jsonl, Parquet or tar files"
+    if below:
+        return f"{none}; name one of the tables in its folders: {named}"
+    return f"{none}: write a metadata.csv with the columns file_name and text, or file_name, question, answer"
 
 
 def _whole_part(reading: Reading, split: str) -> Reading:

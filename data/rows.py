@@ -4,7 +4,7 @@
     file_name, question, answer | answers  a question (a row may hold a caption too: both are taken)
     image, conversations | messages        LLaVA or chat layout: one example per assistant turn
 
-Column names are read in any case (`File_Name`). Every value is read as text: "007" stays "007", `true` and
+Column names are read in any case (`File Name`). Every value is read as text: "007" stays "007", `true` and
 `N/A` stay words. A row that cannot be used is a `BadRow` that says why; nothing is dropped in silence.
 
 Instruction files hold conversations about no picture among the others, and question sets questions whose
@@ -14,10 +14,11 @@ picture is null. Nothing is wrong with such a `TextRow`; it is left out and coun
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +33,7 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "description", "sentence", "sentences")
 QUESTION_COLUMNS = ("question", "query")
 ANSWER_COLUMNS = ("answers", "answer", "multiple_choice_answer", "response")
+SEVERAL = frozenset(("answers", "captions", "sentences"))
 TALK_COLUMNS = ("conversations", "messages", "conversation")
 ID_COLUMNS = ("id", "question_id", "__key__")
 KNOWN_COLUMNS = frozenset(
@@ -114,6 +116,24 @@ def _texts(value: Any) -> list[str]:
     return [text for text in (as_text(item).strip() for item in inner) if text]
 
 
+def _told(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The texts of the first column that has any.
+
+    A table of plain text holds several as a JSON list, in a column whose name says that they are several. A
+    list as Python prints it is refused: it would be learnt with its brackets.
+    """
+    for name in names:
+        value = row.get(name)
+        if name in SEVERAL and isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+            try:
+                value = load_json(value)
+            except (json.JSONDecodeError, RecursionError):
+                raise RowError("list is not JSON", value[:60]) from None
+        if found := _texts(value):
+            return found
+    return []
+
+
 def _images(row: Mapping[str, Any], find: Find) -> tuple[ImageSource, ...]:
     value = _first(row, IMAGE_COLUMNS)
     if value is None:
@@ -124,7 +144,13 @@ def _images(row: Mapping[str, Any], find: Find) -> tuple[ImageSource, ...]:
 
 def _no_picture(row: Mapping[str, Any]) -> RowError:
     named = any(name in row for name in IMAGE_COLUMNS)
-    return RowError("no picture named" if named else "no picture column", ", ".join(map(str, row))[:80])
+    return (
+        RowError("no picture named") if named else RowError("no picture column", _columns(row, "file_name"))
+    )
+
+
+def _columns(row: Mapping[str, Any], wanted: str) -> str:
+    return f"{', '.join(map(str, row))[:80]}; wanted: {wanted}"
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, str]:
@@ -135,7 +161,7 @@ def _meta(row: Mapping[str, Any]) -> dict[str, str]:
 
 def known_column(name: str) -> str:
     """A column's name as the tables above spell it, where they know it in another case."""
-    plain = name.strip().lower()
+    plain = re.sub(r"[ -]", "_", name.strip().lower())
     return plain if plain in KNOWN_COLUMNS else name
 
 
@@ -262,7 +288,7 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
             raise _no_picture(row)
         return []
     slots = tuple(ImageSlot(i) for i in range(len(images)))
-    captions = next((found for name in CAPTION_COLUMNS if (found := _texts(row.get(name)))), [])
+    captions = _told(row, CAPTION_COLUMNS)
     question = as_text(_first(row, QUESTION_COLUMNS)).strip()
     if not images:
         if question and not captions and any(row.get(name, "") in (None, []) for name in IMAGE_COLUMNS):
@@ -270,7 +296,9 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
         raise _no_picture(row)
     examples = []
     if question:
-        answers = next((found for name in ANSWER_COLUMNS if (found := _texts(row.get(name)))), [])
+        answers = _told(row, ANSWER_COLUMNS)
+        if not answers and not any(name in row for name in ANSWER_COLUMNS):
+            raise RowError("no answer column", _columns(row, "answer"))
         if not answers:
             raise RowError("empty answer", question[:60])
         asked = (Turn("user", (*slots, question)),)
@@ -280,8 +308,9 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
         told = MappingProxyType({"task": "caption"} | meta)
         examples.append(Example(images, asked, tuple(captions), id, told))
     if not examples:
-        known = any(name in row for name in (*CAPTION_COLUMNS, *QUESTION_COLUMNS))
-        raise RowError("empty text" if known else "no text or question column", ", ".join(map(str, row))[:80])
+        if any(name in row for name in (*CAPTION_COLUMNS, *QUESTION_COLUMNS)):
+            raise RowError("empty text")
+        raise RowError("no text or question column", _columns(row, "text, or question and answer"))
     return examples
 
 
@@ -323,14 +352,18 @@ def picture_finder(
 def existing(base: Path, name: str) -> Path | None:
     """The file of that name below `base` (or of an absolute name), or None.
 
-    Where it is not there as written: Windows's separators are read, and accents composed the other way (a
-    Mac's file names have them apart, tables have them in one letter).
+    Where it is not there as written: Windows's separators are read, accents composed the other way (a Mac's
+    file names have them apart, tables have them in one letter), and endings in the other case (`.JPG`).
     """
-    for written in dict.fromkeys((name, name.replace("\\", "/"))):
-        for form in (written, *(unicodedata.normalize(kind, written) for kind in ("NFC", "NFD"))):
-            try:
-                if (base / form).is_file():
-                    return base / form
-            except OSError:  # longer than a name may be: no file is called so
-                return None
-    return None
+    try:
+        return next((base / form for form in _spellings(name) if (base / form).is_file()), None)
+    except OSError:  # longer than a name may be: no file is called so
+        return None
+
+
+def _spellings(name: str) -> list[str]:
+    written = dict.fromkeys((name, name.replace("\\", "/")))
+    forms = [form for w in written for form in (w, *(unicodedata.normalize(k, w) for k in ("NFC", "NFD")))]
+    endings = [(form, PurePosixPath(form).suffix) for form in forms]
+    cased = [form.removesuffix(e) + other for form, e in endings for other in (e.lower(), e.upper())]
+    return list(dict.fromkeys((*forms, *cased)))

@@ -68,7 +68,9 @@ def split_by_image(
     ranks = rank_by_image(examples, salt, copies=True)
     count = max(ranks, default=-1) + 1
     if count < 2:
-        raise DataError(f"{count} picture(s) cannot be divided into two parts")
+        raise DataError(
+            f"{count} picture(s) cannot be divided into two parts (those of one row stay together)"
+        )
     held = min(max(1, round(count * fraction)), count - 1)
     rest = [example for example, rank in zip(examples, ranks, strict=True) if rank >= held]
     return rest, [example for example, rank in zip(examples, ranks, strict=True) if rank < held]

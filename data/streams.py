@@ -12,7 +12,7 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from vlm.data.rows import IMAGE_COLUMNS, BadRow, Item, RowError, as_text, load_json
 from vlm.data.shards import Part, Shard, parts_of
@@ -75,6 +75,22 @@ def _open(url: str) -> Any:
     return fsspec.open(url, "rb")
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header; one that is cut off or damaged is an error.
+
+    `tarfile` takes it for the archive's end, and the rest of a broken download would be lost in silence.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise  # the mark of the end
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"it is cut off or damaged ({error})") from error
+
+
 def _tar_samples(url: str, part: Part, start: int) -> Iterator[tuple[int, str, dict[str, Any] | BadRow]]:
     """(number, key, row) of a WebDataset shard: neighbours `KEY.jpg`, `KEY.txt`, `KEY.json` make a row.
 
@@ -83,7 +99,7 @@ def _tar_samples(url: str, part: Part, start: int) -> Iterator[tuple[int, str, d
     """
     key, problem, number = "", "", -1
     row: dict[str, Any] = {}
-    with _open(url) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+    with _open(url) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] 
     """
     csv.field_size_limit(CELL_LIMIT)
     blank = len(text) - len(text.lstrip("\r\n"))
+    if said := re.match(r"sep=(.)[\r\n]+", text[blank:], re.IGNORECASE):  # Excel's word for the delimiter
+        delimiter, blank = said[1], blank + said.end()
     before = text[:blank].count("\n") or text[:blank].count("\r")
     delimiter = delimiter if columns else _delimiter(text[blank:], delimiter)
     reader = csv.reader(io.StringIO(text[blank:], newline=""), delimiter=delimiter, strict=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vlm.data.check import PartReport, count
-from vlm.data.collate import Group, Source, group_name, image_name, masked_text, told_of
+from vlm.data.collate import Group, Source, all_fitting, group_name, image_name, masked_text, told_of
 from vlm.data.duplicates import Print, leaks
 from vlm.data.example import Example
 from vlm.data.readers import Reading, told_texts
@@ -17,6 +17,7 @@ from vlm.data.rows import BadRow
 from vlm.errors import DataError
 from vlm.images import ImageError, open_picture
 from vlm.model import VLM
+from vlm.processor import Processor
 from vlm.train.config import TrainConfig
 from vlm.train.hints import hint_texts
 from vlm.train.prepare import FeatureStore, prints_of
@@ -70,6 +71,18 @@ class Checked:
             for s in sources
         ]
         return kept if away else list(sources), left
+
+
+def fitting(
+    sources: Sequence[Source], held: Sequence[Example], processor: Processor
+) -> tuple[list[Source], list[Example]]:
+    """What the model can read whole of all sources and of what is set aside; the rest are bad rows."""
+    kept = []
+    for source in sources:
+        examples, unfit = all_fitting(source.examples, processor)
+        kept.append(replace(source, examples=examples, bad=[*source.bad, *unfit]))
+    asked, unfit = all_fitting(held, processor)
+    return [replace(kept[0], bad=[*kept[0].bad, *unfit]), *kept[1:]], asked
 
 
 def decode(

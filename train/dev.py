@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vlm.data.collate import Group, Source, image_name, rows_of, told_of
+from vlm.data.collate import Group, Source, all_fitting, image_name, rows_of, told_of
 from vlm.data.example import Example
 from vlm.data.splits import rank_by_image
 from vlm.errors import DataError
@@ -109,7 +109,13 @@ def open_dev(
     """The pictures set aside, encoded; None where there are none, or the objective has another loss."""
     if not aside or config.objective == "words":
         return None
-    groups = groups_of(aside)
+    fitting = []
+    for source in aside:
+        examples, unfit = all_fitting(source.examples, model.processor)
+        fitting.append(replace(source, examples=examples))
+        for row in unfit:
+            screen.say(f"{row.where} was set aside for the loss and cannot be used: {row.detail}")
+    groups = groups_of(fitting)
     rank, count = accelerator.process_index, accelerator.num_processes
     store = FeatureStore(model.features, groups, 0.0, model.config.hints, screen.progress, rank, count)
     for name, problem in store.bad.items():
@@ -135,7 +141,7 @@ def dev_loss(trainer: Trainer, groups: Sequence[Group], store: FeatureStore) -> 
             told = told_of(group, model.processor, SEED, 0, hint_texts(store.labels(group, "whole")))
             made = rows_of(told, model.processor, config.fast.shared_rows)
             rows += made
-            features += [store(group, "whole")] * len(made)
+            features += [store(group, "whole")[row.tokens.images] for row in made]
         batch = model.processor.batch(rows).to(device)
         with trainer.autocast():
             likely = model.label_logprobs(batch, torch.cat(features).to(device))

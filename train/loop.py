@@ -336,7 +336,7 @@ class Trainer:
             self._check_supervised(group, pairs)
             made = rows_of(pairs, processor, config.fast.shared_rows)
             rows += made
-            features += [feature] * len(made)
+            features += [feature[row.tokens.images] for row in made]
         return Part(rows, torch.cat(features), reward)
 
     def _check_supervised(self, group: Group, told: Sequence[tuple[Tokens, float]]) -> None:

@@ -45,6 +45,8 @@ from vlm.weights_cache import cache_root
 
 TRAINERS: dict[str, type[Trainer]] = {"words": WordTrainer, "preference": PreferenceTrainer}
 """Objectives with a loop of their own."""
+TOLD = ("likelihood", "cider")
+"""Objectives that read rows one by one, so that one may be left out."""
 OURS = ("state", RUN, "words", "log.jsonl", "events")
 """What tells a run's folder from others, even where it was killed before its first state."""
 
@@ -73,6 +75,8 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
             screen.say(f"{config.data} has a validation part: that is asked, and nothing else set aside")
         sources, held = set_aside(sources, config.holdout, part)
         model = make_model(config, offline, start)
+        if config.objective in TOLD:
+            sources, held = checks.fitting(sources, held, model.processor)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
         dev = open_dev(config, model, aside, screen, accelerator)
         checked = checks.check(config.data or "the data", sources, held, store)

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vlm.data.collate import Group, Source, epoch_batches, group_by_image, group_name
+from vlm.data.collate import Group, Source, all_fitting, epoch_batches, group_by_image, group_name
 from vlm.data.example import Example
 from vlm.data.laps import Place, find_laps
 from vlm.data.readers import BAD_SHARE
@@ -100,7 +100,8 @@ class Feed:
             about_none = any(isinstance(item, TextRow) for item in found)
             count, texts = count + (not about_none), texts + about_none
             said, silent = all_spoken(item for item in found if isinstance(item, Example))
-            bad += [*(item for item in found if isinstance(item, BadRow)), *silent]
+            said, unfit = all_fitting(said, self.model.processor)
+            bad += [*(item for item in found if isinstance(item, BadRow)), *silent, *unfit]
             examples += said
             names.update(group_name(example.images) for example in said)
             if len(names) >= self.most:

@@ -44,7 +44,9 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, a text file is needed") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 (in Excel: CSV UTF-8)"
+        ) from None
 
 
 def parse_json(text: str, where: str | Path, *, words: bool = False) -> Any:
