@@ -168,9 +168,23 @@ def test_one_damaged_sample_does_not_cost_the_shard(tmp_path: Path, draw: Callab
     assert [str(row) for row in reading.bad] == [
         "x.tar/d/1: member .seg.json is damaged",
         "x.tar/d/2: member .seg.txt is damaged",
-        "x.tar/d/4: no text or question column (png)",
-        "x.tar/d/5: no text or question column (seg, png)",
+        "x.tar/d/4: no text or question column (png; wanted: text, or question and answer)",
+        "x.tar/d/5: no text or question column (seg, png; wanted: text, or question and answer)",
     ]
+
+
+@pytest.mark.parametrize("beyond", [0, 100, 700])
+def test_a_shard_that_is_cut_off_is_not_taken_for_a_short_one(
+    tmp_path: Path, draw: Callable[..., Image.Image], beyond: int
+) -> None:
+    """Between two samples, in a header, in a picture."""
+    write_tar(tmp_path / "x.tar", [(f"{n}", png(draw, n), {"text": "a box"}) for n in range(3)])
+    whole = (tmp_path / "x.tar").read_bytes()
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        end = tar.getmembers()[2].offset
+    (tmp_path / "x.tar").write_bytes(whole[: end + beyond])
+    with pytest.raises(DataError, match=r"x\.tar cannot be read: .*(cut off|end of data)"):
+        read_source(tmp_path / "x.tar")
 
 
 def test_damaged_shards_are_one_clear_error(tmp_path: Path) -> None:

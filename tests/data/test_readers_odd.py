@@ -49,6 +49,10 @@ PLAIN = "file_name,text\np0.png,a 0\np1.png,a 1\np2.png,a 2\n"
         ("metadata.csv", PLAIN.replace(",", "\t")),
         ("metadata.csv", '"file_name";"text"\n' + PLAIN.split("\n", 1)[1].replace(",", ";")),
         ("metadata.csv", PLAIN.replace("file_name,text", "File_Name,Text")),
+        ("metadata.csv", PLAIN.replace("file_name", "File Name")),
+        ("metadata.csv", "sep=;\r\n" + PLAIN.replace(",", ";")),
+        ("metadata.csv", "sep=|\n" + PLAIN.replace(",", "|")),
+        ("metadata.csv", PLAIN.replace(".png", ".PNG")),
         ("metadata.csv", PLAIN.replace("\np", "\nsub\\p")),
         ("metadata.JSONL", "".join(f'{{"Image": "p{n}.png", "Caption": "a {n}"}}\n' for n in range(3))),
     ],
@@ -58,6 +62,55 @@ def test_tables_as_people_write_them(root: Path, name: str, text: str) -> None:
     reading = read_source(root)
     assert not reading.bad
     assert said(reading) == [("a 0",), ("a 1",), ("a 2",)]
+
+
+def test_several_answers_of_a_cell_are_a_json_list(root: Path) -> None:
+    (root / "metadata.csv").write_text(
+        "file_name,question,answers\n"
+        'p0.png,what?,"[""red"", ""rose""]"\n'
+        "p1.png,what?,\"['red', 'rose']\"\np2.png,what?,red\n"
+    )
+    reading = read_source(root)
+    assert said(reading) == [("red", "rose"), ("red",)]
+    assert [str(row) for row in reading.bad] == ["metadata.csv:3: list is not JSON (['red', 'rose'])"]
+    (root / "metadata.csv").write_text('file_name,question,answer\np0.png,where?,"[0.1, 0.2]"\n')
+    assert said(read_source(root)) == [("[0.1, 0.2]",)], "one answer, whatever it looks like"
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("name,label", "no picture column (name, label; wanted: file_name)"),
+        (
+            "file_name,label",
+            "no text or question column (file_name, label; wanted: text, or question and answer)",
+        ),
+        ("file_name,question", "no answer column (file_name, question; wanted: answer)"),
+    ],
+)
+def test_a_missing_column_is_named(root: Path, header: str, told: str) -> None:
+    (root / "metadata.csv").write_text(f"{header}\np0.png,red\n")
+    assert [str(row) for row in read_source(root).bad] == [f"metadata.csv:2: {told}"]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"train.csv": PLAIN, "val.csv": PLAIN}, r"several tables; name one of them: train\.csv, val\.csv"),
+        ({"annotations/captions.json": "{}"}, r"tables in its folders: annotations/captions\.json"),
+        ({"notes.txt": "x"}, r"write a metadata\.csv with the columns file_name and text, or file_name, "),
+        ({"x.json": '{"file_name": "p0.png"}\n{"file_name": "p1.png"}\n'}, r"to end in \.jsonl"),
+        ({"metadata.csv": "\udcfc"}, r"save it as UTF-8 \(in Excel: CSV UTF-8\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_says_what_would_help(
+    root: Path, files: dict[str, str], told: str
+) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=told):
+        read_source(root)
 
 
 def test_a_separator_in_a_caption_is_none(root: Path) -> None:
