@@ -212,3 +212,55 @@ class Make:
 @pytest.fixture(scope="session")
 def make() -> type[Make]:
     return Make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium."""
+    from browsing import BROWSER, FLAGS, playwright
+
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the page in a browser context of its own; complaints of the browser fail the test."""
+    from browsing import expect
+
+    contexts = []
+    complaints: list[str] = []
+    foreign: list[str] = []
+
+    def open_page(url: str = server.url, **options: Any) -> Any:
+        context = browser.new_context(permissions=["camera", "clipboard-read", "clipboard-write"], **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        expect.set_options(timeout=120_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda m: complaints.append(m.text) if "Content Security" in m.text else None)
+        home = (url, "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(home) else foreign.append(r.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert foreign == []
+
+
+@pytest.fixture
+def files(tmp_path: Path, make: Any) -> Callable[[int], Path]:
+    """`files(seed)`: a picture of its own look to choose on the page."""
+
+    def write(seed: int) -> Path:
+        path = tmp_path / f"picture-{seed}.png"
+        path.write_bytes(make.png(make.picture(seed, 240)))
+        return path
+
+    return write
