@@ -82,12 +82,12 @@ class _Header(tarfile.TarInfo):
     """
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise  # the mark of the end
+            return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):
+                raise  # the mark of the end
             raise tarfile.ReadError(f"it is cut off or damaged ({error})") from error
 
 

@@ -127,9 +127,13 @@ def to_examples(rows: Rows, pictures: Path | Find) -> Iterator[Item]:
             yield row
             continue
         try:
-            yield from examples_from_row(row, place, find) or [TextRow(place)]
+            examples = examples_from_row(row, place, find)
         except RowError as error:
             yield BadRow(place, error.cause, error.detail)
+            continue
+        yield from examples
+        if not examples:
+            yield TextRow(place)
 
 
 def text_rows(path: Path, text: str | None = None) -> Rows:
