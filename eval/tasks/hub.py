@@ -35,6 +35,7 @@ def entries(
     names: Sequence[str] = (),
     config: str = "",
     bare: bool = False,
+    hidden: bool = False,
 ) -> Iterator[Entry]:
     """The rows of one part, in order; pictures stay the bytes that they are stored as.
 
@@ -43,6 +44,7 @@ def entries(
         names: what the part may be called, the best first; the usual names of `split` where none is given.
         config: the configuration (a folder of the repository) where the benchmark has several tables.
         bare: rows without a picture are passed over rather than refused.
+        hidden: the benchmark keeps the part's answers, so that rows may have none.
 
     Raises:
         DataError: no such part, an unreadable file, a row without picture; the file and the row are named.
@@ -56,7 +58,7 @@ def entries(
             raise DataError(str(row))
         words = {name: value for name, value in row.items() if name != IMAGE}
         if without:
-            yield Entry(place, words, Path(place), number)
+            yield Entry(place, words, Path(place), number, hidden)
             continue
         if IMAGE not in row:
             raise DataError(f"{place} has no column {IMAGE!r}; it has {', '.join(words)}")
@@ -66,7 +68,7 @@ def entries(
             image = find(row[IMAGE])
         except RowError as error:
             raise DataError(f"{place}, column {IMAGE!r}: {error.cause} {error.detail}".rstrip()) from None
-        yield Entry(place, words, image if pictures else Path(place), number)
+        yield Entry(place, words, image if pictures else Path(place), number, hidden)
 
 
 def _rows(

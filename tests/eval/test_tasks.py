@@ -320,8 +320,8 @@ def test_no_prior_where_training_is_evaluated() -> None:
 def test_unknown_task_and_split_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean vqav2"):
         tasks.get("vqa2")
-    with pytest.raises(ConfigError, match="it has train, dev"):
-        tasks.get("vqav2").examples(FIXTURES / "vqav2", "test")
+    with pytest.raises(ConfigError, match=r"no split 'tset'; it has train, dev \(or val\), test-dev, test$"):
+        tasks.get("vqav2").examples(FIXTURES / "vqav2", "tset")
     with pytest.raises(VLMError, match="--data"):
         tasks.get("vqav2").examples(None)
 
