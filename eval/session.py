@@ -322,9 +322,7 @@ def show(block: Mapping[str, Any], out: Path) -> None:
         ends = block["intervals"].get(name)
         print(f"  {name:<20} {value:7.2f}" + (f"   95 % {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""))
     main = block["main_metric"]
-    for name, control in block["controls"].items():
-        if reason:
-            break  # it is theirs too
+    for name, control in ({} if reason else block["controls"]).items():  # the reason is theirs too
         value = (control["metrics"] or {}).get(main)
         said = f"{value:7.2f}" if value is not None else f"      -   {control.get('reason') or ''}"
         print(f"  {name + ' (control)':<20} {said}")
