@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlm.data.rows import BadRow, RowError, picture_finder
-from vlm.data.streams import SPLIT_NAMES, guarded, hub_name, hub_part, hub_rows, shard_rows
+from vlm.data.streams import SPLIT_NAMES, guarded, hub_name, hub_part, hub_rows, no_part, shard_rows
 from vlm.data.tables import Rows
 from vlm.errors import DataError
 from vlm.eval.tasks.layouts import Entry
@@ -78,7 +78,7 @@ def _rows(
     if (repo := hub_name(root)) is not None:
         repo = f"{repo.partition(':')[0]}:{config}" if config else repo
         return hub_rows(hub_part(repo, split, names), repo, without=without), Path()
-    files = _part_files(root, split, names, config)
+    files = _part_files(root, names, config)
     return shard_rows("parquet", [str(file) for file in files], without=without), files[0].parent
 
 
@@ -98,7 +98,7 @@ def part_of(file: Path) -> str:
     return word[0] if word else file.parent.name.lower()
 
 
-def _part_files(root: Path, split: str, names: Sequence[str], config: str) -> list[Path]:
+def _part_files(root: Path, names: Sequence[str], config: str) -> list[Path]:
     """The files of the first part that there is.
 
     Raises:
@@ -114,5 +114,4 @@ def _part_files(root: Path, split: str, names: Sequence[str], config: str) -> li
             raise DataError(f"{root} has a {name} part in {', '.join(folders)}: name one of the folders")
         if chosen:
             return chosen
-    known = ", ".join(sorted({part_of(file) for file in files}))
-    raise DataError(f"{root} has no {split} part ({' or '.join(names)}); its Parquet files are of {known}")
+    raise no_part(root, names, sorted({part_of(file) for file in files}))

@@ -193,11 +193,21 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 
 def test_a_part_that_is_not_there(tmp_path: Path) -> None:
     write(tmp_path / "data" / VQA_FILE, vqav2())
-    with pytest.raises(DataError, match=r"has no train part \(train\); its Parquet files are of validation"):
+    with pytest.raises(DataError, match="has no part called train or training; it has validation$"):
         tasks.get("vqav2").examples(tmp_path, "train")
     (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="cannot be read"):
         tasks.get("vqav2").examples(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["dev", "validation", "val", "valid", "training"])
+def test_parts_are_called_as_in_folders(name: str, tmp_path: Path) -> None:
+    write(tmp_path / f"{name}-00000-of-00001.parquet", textvqa())
+    asked = "train" if name == "training" else "val"
+    assert len(tasks.get("textvqa").examples(tmp_path, asked)) == 12
+    (tmp_path / f"{name}-00000-of-00001.parquet").rename(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"no part called .*\b%s\b.*; it has x$" % name):
+        tasks.get("textvqa").examples(tmp_path, asked)
 
 
 def test_the_part_of_a_file() -> None:
@@ -252,7 +262,9 @@ def test_a_hub_id_offline_is_its_cached_copy(cached: Path) -> None:
     assert told(task.examples(Path("owner/pope"), "popular", pictures=False)) == told(official)
     with pytest.raises(DataError, match="owner/vqa is no file or folder, and no data set of the hub"):
         tasks.get("vqav2").examples(Path("owner/vqa"))
-    with pytest.raises(DataError, match="owner/pope has no dev part; it has test"):
+    with pytest.raises(
+        DataError, match="owner/pope has no part called dev, validation, val or valid; it has t"
+    ):
         tasks.get("vqav2").examples(Path("owner/pope"))
 
 
