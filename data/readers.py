@@ -260,7 +260,9 @@ def read_source(
     if reading.has_part or (not divide and split == "train"):
         return reading
     if not divide:
-        raise DataError(f"{source} has one part only")
+        raise DataError(
+            f"{source} has one part only, so no {' or '.join(SPLIT_NAMES[split])}: `--split all` reads it"
+        )
     return _whole_part(reading, split)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.conversation import Conversation
 from vlm.data.example import Example
-from vlm.errors import VLMError
+from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import controls, outputs, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export, write_submission
 from vlm.eval.scorers import options
@@ -33,7 +33,11 @@ def run(args: argparse.Namespace) -> int:
     task = tasks.get(args.task)
     out = args.out or Path("runs") / f"{task.name}.json"
     outputs.check(out, page=True)
-    outputs.check(args.submission, "--submission", spare=[out])
+    kinds = ("items", "answers", *(f"answers.{name}" for name in controls.RUNS))
+    spare = [out, out.with_suffix(".html"), *(report.siblings(out, kind) for kind in kinds)]
+    outputs.check(args.submission, "--submission", spare=spare)
+    if args.train_data is not None and not args.train_data.is_dir():
+        raise ConfigError(f"--train-data {args.train_data} is no folder")
     apply_offline(args)  # the data may be a hub data set's
     examples = task.examples(args.data, args.split)
     if unscored(examples):  # a submission is all that such a run is for
@@ -226,7 +230,11 @@ class Session:
             base = [Conversation(e.images, e.turns) for e in self.examples]
         if not self.args.shots:
             return base
-        return prompts.with_shots(self, base, self.train(), lettered)
+        try:
+            train = self.train()
+        except VLMError as error:
+            raise DataError(f"--shots takes its examples from the training split: {error}") from None
+        return prompts.with_shots(self, base, train, lettered)
 
     def _answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any], control: str | None

@@ -16,6 +16,7 @@ import numpy as np
 from vlm.conversation import ImageSource
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, image_key
+from vlm.data.streams import hub_name
 from vlm.errors import ConfigError, DataError
 
 _YEAR = re.compile(r"[_-]?20\d\d$")  # COCO's parts go by theirs
@@ -117,7 +118,7 @@ class Task:
 
         Raises:
             ConfigError: a split that this task does not have.
-            DataError: nothing to read, two examples with one id, or answers to some of them alone.
+            DataError: no such place, nothing to read, two examples with one id, or answers to some of them alone.
         """
         chosen = self.canonical(split)
         if chosen not in self.splits:
@@ -125,6 +126,8 @@ class Task:
             raise ConfigError(f"{self.name} has no split {split or chosen!r}; it has {known}")
         if root is None and not self.data_optional:
             raise DataError(f"say where the data of {self.name} lie: --data FOLDER")
+        if root is not None and not root.expanduser().exists() and hub_name(root) is None:
+            raise DataError(f"{root} is missing; --data says where the data of {self.name} lie")
         found = self.read(root, chosen, pictures)
         if not found:
             raise DataError(f"{self.name} has no examples in split {split or chosen} of {root}")

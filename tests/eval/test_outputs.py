@@ -47,6 +47,25 @@ def test_the_page_does_not_replace_the_report(command: list[str], tmp_path: Path
         main([*command, *DATA, "--out", str(tmp_path / "r.html")])
 
 
+@pytest.mark.parametrize(
+    "name", ["r.json", "r.html", "r.items.jsonl", "r.answers.jsonl", "r.answers.blank.jsonl"]
+)
+def test_a_submission_does_not_replace_what_the_run_itself_writes(name: str, tmp_path: Path) -> None:
+    words = ["vqav2", *DATA, "--out", str(tmp_path / "r.json"), "--submission", str(tmp_path / name)]
+    with pytest.raises(
+        ConfigError, match=r"--submission .* would replace a file that is read or written too"
+    ):
+        main(words)
+
+
+@pytest.mark.parametrize("name", ["absent", "file"])
+def test_training_pictures_are_looked_for_before_the_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    words = ["vqav2", *DATA, "--out", str(tmp_path / "r.json"), "--train-data", str(tmp_path / name)]
+    with pytest.raises(ConfigError, match=f"--train-data .*{name} is no folder"):
+        main(words)
+
+
 @pytest.mark.parametrize(("read", "out"), [("p.json", "p.json"), ("r.items.jsonl", "r.json")])
 def test_what_is_read_is_not_replaced(read: str, out: str, tmp_path: Path) -> None:
     predictions = tmp_path / read

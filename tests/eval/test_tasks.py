@@ -334,6 +334,23 @@ def test_split_names(name: str) -> None:
     assert task.canonical("train2014") == task.canonical("Training") == "train"
 
 
+@pytest.mark.parametrize("task", ["vqav2", "pope", "gqa", "folder-vqa", "daquar", "flickr8k", "nocaps"])
+def test_data_that_are_not_there(task: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"absent is missing; --data says where the data of {task} lie"):
+        tasks.get(task).examples(tmp_path / "absent")
+
+
+def test_a_file_where_a_folder_is_needed() -> None:
+    with pytest.raises(DataError, match=r"questions\.json is a file; the folder that it lies in is needed"):
+        tasks.get("vqav2").examples(FIXTURES / "vqav2" / VQA_QUESTIONS)
+
+
+def test_a_table_of_one_part_says_how_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("file_name,question,answer\na.png,what?,cat\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv has one part only, so no test: `--split all` reads it"):
+        tasks.get("folder-vqa").examples(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize("name", ["val", "val2014", "testdev", "x"])
 def test_an_unknown_split_is_called_what_was_typed(name: str) -> None:
     with pytest.raises(ConfigError, match=f"okvqa has no split '{name}'; it has train, test$"):
