@@ -260,9 +260,7 @@ def read_source(
     if reading.has_part or (not divide and split == "train"):
         return reading
     if not divide:
-        raise DataError(
-            f"{source} has one part only, so no {' or '.join(SPLIT_NAMES[split])}: `--split all` reads it"
-        )
+        raise DataError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
     return _whole_part(reading, split)
 
 

@@ -191,6 +191,9 @@ def _pairs(path: Path, task: Task) -> tuple[list[tuple[str | None, str]], bool]:
         rows = [row for row in _json_lines(text, path) if "run" not in row]
         return [_pair(row, path, task) for row in rows], False
     found = parse_json(text, path)
+    if isinstance(found, dict) and "main_metric" in found:
+        answers = path.with_name(f"{path.stem}.answers.jsonl")
+        raise DataError(f"{path} is a report of vlm eval, no file of answers: give {answers}")
     wrapped = isinstance(found, dict) and isinstance(found.get("results"), dict | list)
     found = found["results"] if wrapped else found
     if isinstance(found, dict):

@@ -118,7 +118,7 @@ class Task:
 
         Raises:
             ConfigError: a split that this task does not have.
-            DataError: no such place, nothing to read, two examples with one id, or answers to some of them alone.
+            DataError: no such place, nothing to read, two examples with one id, or answers to some alone.
         """
         chosen = self.canonical(split)
         if chosen not in self.splits:

@@ -14,7 +14,7 @@ from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.errors import DataError
 from vlm.eval.metrics.answers import direct_answer
-from vlm.eval.scorers import choice_chance, choice_scores, item_scores, no_choice
+from vlm.eval.scorers import choice_chance, choice_scores, chosen, item_scores, no_choice, options
 from vlm.eval.task import Published, Task, official_id
 from vlm.eval.tasks import hub
 from vlm.eval.tasks.layouts import COCO_FOLDERS, Entry, Pictures, chosen_of, coco_names, load, rows_of
@@ -74,8 +74,17 @@ def read_choices(root: Path | None, split: str, pictures: bool) -> list[Example]
 
 
 def submission(key: str, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The leaderboard's format: question id -> {"direct_answer" or "multiple_choice": answer}."""
-    return {official_id(e): {key: answer} for e, answer in zip(examples, answers, strict=True)}
+    """The leaderboard's format: question id -> {"direct_answer" or "multiple_choice": answer}.
+
+    A choice stands there in its own words, also where the answer was its letter.
+    """
+    said = map(_in_words, answers, examples) if key == "multiple_choice" else answers
+    return {official_id(e): {key: answer} for e, answer in zip(examples, said, strict=True)}
+
+
+def _in_words(answer: str, example: Example) -> str:
+    read = chosen(answer, options(example))
+    return answer if read is None else options(example)[read]
 
 
 def _direct(answer: str, example: Example) -> float:

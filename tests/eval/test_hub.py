@@ -206,7 +206,7 @@ def test_parts_are_called_as_in_folders(name: str, tmp_path: Path) -> None:
     asked = "train" if name == "training" else "val"
     assert len(tasks.get("textvqa").examples(tmp_path, asked)) == 12
     (tmp_path / f"{name}-00000-of-00001.parquet").rename(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"no part called .*\b%s\b.*; it has x$" % name):
+    with pytest.raises(DataError, match=rf"no part called .*\b{name}\b.*; it has x$"):
         tasks.get("textvqa").examples(tmp_path, asked)
 
 

@@ -116,6 +116,8 @@ def test_official_results_format_comes_back(name: str, folder: str, split: str, 
     answers = [f"{number} {example.answers[0]}" for number, example in enumerate(examples)]
     if name == "nlvr":  # its format has no other words than true and false
         answers = [example.answers[0] for example in examples]
+    if name == "aokvqa-choice":  # said by letter, written down in words
+        answers = ["ABCD"[json.loads(e.meta["options"]).index(e.answers[0])] for e in examples]
     exported = export(task, examples, answers)
     if isinstance(exported, list):
         exported.reverse()
@@ -125,6 +127,8 @@ def test_official_results_format_comes_back(name: str, folder: str, split: str, 
         assert exported == {
             "results": {e.id: json.loads(e.meta["options"]).index(e.answers[0]) for e in examples}
         }
+    elif name == "aokvqa-choice":
+        assert read_predictions(path, task, examples) == [example.answers[0] for example in examples]
     elif name == "nlvr":
         words = {"yes": "true", "no": "false"}
         assert path.read_text(encoding="utf-8").startswith("dev-100-0-0.png,false\n")
@@ -347,7 +351,7 @@ def test_a_file_where_a_folder_is_needed() -> None:
 
 def test_a_table_of_one_part_says_how_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("file_name,question,answer\na.png,what?,cat\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"a\.csv has one part only, so no test: `--split all` reads it"):
+    with pytest.raises(DataError, match=r"a\.csv has one part only, so no test: ask for train, which is"):
         tasks.get("folder-vqa").examples(tmp_path / "a.csv")
 
 
