@@ -322,9 +322,11 @@ def text_only(table: Mapping[str, Any], main: str) -> dict[str, Any] | None:
 def show(block: Mapping[str, Any], out: Path) -> None:
     """The scores, in a few lines."""
     n, split = block["n"], block["split"]
-    note = "" if block["comparable"] else f" (limited to {n}: not comparable with published figures)"
+    reason = block.get("reason")
+    lost = "not all that the server wants" if reason else "not comparable with published figures"
+    note = "" if block["comparable"] else f" (limited to {n}: {lost})"
     print(f"{block['task']}, {split}, {n} examples{note}")
-    if reason := block.get("reason"):
+    if reason:
         print(f"  no scores: {reason}")
     for name, value in (block["metrics"] or {}).items():
         ends = block["intervals"].get(name)

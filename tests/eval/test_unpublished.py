@@ -200,11 +200,14 @@ def test_every_official_test_part_becomes_a_submission(
     assert said.count(UNPUBLISHED) == 1 and f"submission: {tmp_path / 'r.submission.json'}" in said
 
 
-def test_only_the_run_itself_asks_the_model(tmp_path: Path, parrot: Parrot) -> None:
+def test_only_the_run_itself_asks_the_model(
+    tmp_path: Path, parrot: Parrot, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = official(tmp_path / "set", CASES[0])
     words = ["vqav2", "--data", str(root), "--split", "test", "--out", str(tmp_path / "r.json")]
     assert main([*words, "--submission", str(tmp_path / "mine.json"), "--limit", "3"]) == 0
     assert len(parrot.asked) == 3
+    assert "(limited to 3: not all that the server wants)" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "mine.json").read_text(encoding="utf-8"))) == 3
     assert not (tmp_path / "r.submission.json").exists()
 
