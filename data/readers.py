@@ -24,7 +24,7 @@ from vlm.data.example import Example
 from vlm.data.rows import BadRow, Find, Item, TextRow, picture_finder
 from vlm.data.shards import Shard
 from vlm.data.splits import canonical_split, split_by_image
-from vlm.data.streams import hub_name, read_hub, read_parquet, read_webdataset
+from vlm.data.streams import SPLIT_NAMES, hub_name, no_part, read_hub, read_parquet, read_webdataset
 from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
 from vlm.errors import DataError
 
@@ -34,11 +34,6 @@ PUBLIC: dict[str, tuple[Callable[[Path, bool], bool], Callable[[Path, str, bool]
     "flickr8k": (flickr8k.looks_like, flickr8k.read),
     "daquar": (daquar.looks_like, daquar.read),
     "easy-vqa": (easy_vqa.looks_like, easy_vqa.read),
-}
-PART_FOLDERS = {
-    "train": ("train", "training"),
-    "dev": ("dev", "validation", "val", "valid"),
-    "test": ("test",),
 }
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -175,13 +170,13 @@ def _part_files(files: list[Path], split: str) -> tuple[list[Path], bool]:
     """Those of a folder's shards that are named after the split ("train-00000.parquet"), if any are."""
     named = {
         part: [f for f in files if re.match(f"(?:{'|'.join(names)})(?:set)?(?![a-z])", f.name.lower())]
-        for part, names in PART_FOLDERS.items()
+        for part, names in SPLIT_NAMES.items()
     }
     if not any(named.values()):
         return files, False
     part = "train" if split == "train-rest" else split
     if not named[part]:
-        raise DataError(f"{files[0].parent} has no {part} part")
+        raise no_part(files[0].parent, SPLIT_NAMES[part], [name for name, held in named.items() if held])
     return named[part], True
 
 
@@ -203,7 +198,7 @@ def part_folders(folder: Path) -> dict[str, Path]:
     below = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     return {
         part: found
-        for part, names in PART_FOLDERS.items()
+        for part, names in SPLIT_NAMES.items()
         if (found := next((below[n] for n in names if n in below and metadata_file(below[n])), None))
     }
 
@@ -232,7 +227,7 @@ def _folder(folder: Path, split: str, shard: Shard, pictures: bool) -> tuple[Ite
             ), True
         wanted = "train" if split == "train-rest" else split
         if wanted not in parts:
-            raise DataError(f"{folder} has no {wanted} part; it has {', '.join(sorted(parts))}")
+            raise no_part(folder, SPLIT_NAMES[wanted], sorted(parts))
         return read_image_folder(parts[wanted], pictures), True
     if (found_shards := shards_in(folder, split)) is not None:
         kind, chosen, named = found_shards
@@ -294,7 +289,7 @@ def read_source(
     if reading.has_part or (not divide and split == "train"):
         return reading
     if not divide:
-        raise DataError(f"{source} has one part only")
+        raise DataError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
     return _whole_part(reading, split)
 
 

@@ -23,7 +23,12 @@ T = TypeVar("T")
 HubPart = tuple[Any, str, str, list[str]]
 """(builder, kind, part, URLs of its files) of a part of a hub data set."""
 
-SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "val"), "test": ("test",)}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "dev": ("dev", "validation", "val", "valid"),
+    "test": ("test",),
+}
+"""What folders, files and hub data sets call a split, the best name first."""
 TEXT_TABLES = (".csv", ".tsv", ".jsonl")
 PARQUET_BATCH = 64
 """Rows that are read at a time."""
@@ -255,6 +260,12 @@ def hub_name(source: str | Path) -> str | None:
     return None if path or name.count("/") != 1 else name
 
 
+def no_part(where: str | Path, names: Sequence[str], known: Sequence[str]) -> DataError:
+    """The error of a part that a source does not have: all its names, as any of them may have been typed."""
+    wanted = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return DataError(f"{where} has no part called {wanted}; it has {', '.join(known) or 'none'}")
+
+
 def hub_part(repo: str, split: str, names: Sequence[str] = ()) -> HubPart:
     """(builder, kind, part, URLs of its files) of a data set that `datasets` finds.
 
@@ -273,9 +284,10 @@ def hub_part(repo: str, split: str, names: Sequence[str] = ()) -> HubPart:
         raise DataError(f"{repo} is no file or folder, and no data set of the hub: {reason}") from error
     files = dict(builder.config.data_files or {})
     known = [str(key) for key in (files or builder.info.splits or {})]
-    part = next((key for key in names or SPLIT_NAMES.get(split, (split,)) if key in known), None)
+    wanted = names or SPLIT_NAMES.get(split, (split,))
+    part = next((key for key in wanted if key in known), None)
     if part is None:
-        raise DataError(f"{repo} has no {split} part; it has {', '.join(known) or 'none'}")
+        raise no_part(repo, wanted, known)
     kind = type(builder).__module__.split(".")[-1]
     urls = [str(url) for url in files.get(part, [])]
     return builder, kind, part, urls

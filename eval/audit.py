@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
         task, examples, answers = recorded(Path(args.task))
     else:
         task = _with_accuracy(args.task)
-        examples = task.examples(args.data, args.split, pictures=False)
+        examples = task.answered(args.data, args.split)
         answers = read_predictions(args.predictions, task, examples)
     found = audit(examples, answers)
     if args.out:

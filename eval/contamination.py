@@ -72,11 +72,11 @@ def lines(found: Mapping[str, Any], main: str) -> list[str]:
         f"{found['training_pictures']} training pictures"
     ]
     clean = found["without"]
-    if clean and main in clean["metrics"]:
+    if clean and main in (clean["metrics"] or ()):
         ends = clean["intervals"].get(main)
         between = f" (95 % {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
         said.append(f"{main} of the {clean['n']} other examples: {clean['metrics'][main]:.2f}{between}")
-    elif found["examples"]:
+    elif found["examples"] and clean is None:
         said.append("no other example is left to score")
     if found["questions_seen"] is not None:
         said.append(f"{found['questions_seen']:.1f} % of the questions are asked in training, word for word")

@@ -71,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "--restart", action="store_true", help="drop the answers of an earlier run of this --out"
     )
     parser.add_argument(
-        "--submission", type=Path, metavar="FILE", help="the answers as the challenge wants them"
+        "--submission",
+        type=Path,
+        metavar="FILE",
+        help="the answers as the challenge wants them (of a split without published answers: always, "
+        "by default beside the report)",
     )
     parser.add_argument(
         "--maps",
@@ -100,7 +104,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -128,11 +132,19 @@ def show_list() -> None:
         uniform_chance: "100 / all answers",
     }
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("task", "what", "splits (default first)", "main metric", "chance, %", "published"):
+    for column in (
+        "task",
+        "what",
+        "splits (default first; * not scored)",
+        "main metric",
+        "chance, %",
+        "published",
+    ):
         table.add_column(column, overflow="fold")
     for name in tasks.TASKS:
         task = tasks.get(name)
         splits = [task.split, *(split for split in task.splits if split != task.split)]
+        splits = [f"{split}*" if split in task.hidden else split for split in splits]
         figures = "\n".join(f"{p.metric} {p.value:g} ({p.source})" for p in task.published)
         chance = rules.get(task.chance, "-")
         table.add_row(name, task.about, ", ".join(splits), task.main, chance, figures or "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def add_maps(
     main: str,
     count: int,
 ) -> None:
-    """Gives the `count` best and `count` worst rows by the main metric a field `maps`.
+    """Gives the rows that the page shows (`report.shown`, with `count` at each end) a field `maps`.
 
     A row's `maps` holds one grid of numbers from 0 to 1 for each of its example's pictures: what the
     answer's log-probability leans on by `vlm.relevance` (gradient times input); pictures of solved examples
@@ -29,8 +30,7 @@ def add_maps(
     """
     from vlm.relevance import relevance
 
-    worst, best = report.ends(rows, main, count)
-    for number in (*worst, *best):
+    for number in itertools.chain(*report.shown(rows, main, count).values()):
         if pictures := len(examples[number].images):
             found = relevance(model, conversations[number], rows[number]["answer"])[-pictures:]
             rows[number]["maps"] = [

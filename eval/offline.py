@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     out = args.out or args.predictions.with_suffix(".report.json")
     outputs.check(out, page=True, spare=[args.predictions])
     outputs.check(report.siblings(out, "items"), spare=[args.predictions])
-    examples = task.examples(args.data, args.split, pictures=False)
+    examples = task.answered(args.data, args.split)
     answers = read_predictions(args.predictions, task, examples)
     scores = task.scores(examples, answers, java=not args.no_java)
     report.write_items(report.siblings(out, "items"), report.items(examples, answers, scores))

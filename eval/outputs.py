@@ -45,8 +45,11 @@ def check(path: Path | None, flag: str = "--out", *, page: bool = False, spare: 
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, hint: str = "") -> Iterator[None]:
     """Turns what the system says of a file that cannot be written (a full disk) into one line.
+
+    Args:
+        hint: what to do about it, after that.
 
     Raises:
         DataError: the file cannot be written.
@@ -54,4 +57,4 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be written: {error.strerror or error}{hint}") from error

@@ -45,7 +45,7 @@ pre{white-space:pre-wrap;border:1px solid var(--line);padding:.6rem;border-radiu
 
 def write_page(path: Path) -> Path:
     """Writes REPORT.html beside REPORT.json and returns its path."""
-    found, items = report.read_report(path), report.read_items(path)
+    found, items = report.read_report(path, scored=False), report.read_items(path)
     page = path.with_suffix(".html")
     with outputs.writing(page):
         page.write_text(render(found, items), encoding="utf-8")
@@ -57,11 +57,14 @@ def render(found: dict[str, Any], items: Sequence[dict[str, Any]]) -> str:
     title = f"{found['task']}, {found['split']}"
     main = found["main_metric"]
     warning = "" if found["comparable"] else _tag("p", "A limited run: not comparable.", "warn")
+    reason = found.get("reason")
+    scale = "" if reason else " Scores are percentages with 95 % bootstrap intervals."
     parts = [
         f"<h1>{_safe(title)}</h1>",
-        _tag("p", f"{found['n']} examples. Scores are percentages with 95 % bootstrap intervals.", "note"),
+        _tag("p", f"{found['n']} examples.{scale}", "note"),
         warning,
         "<h2>Scores</h2>",
+        _tag("p", f"No scores: {reason}.", "warn") if reason else "",
         _scores(found),
         _controls(found, main),
         _breakdown(found, main),
@@ -112,7 +115,7 @@ def _scores(found: dict[str, Any]) -> str:
         published.setdefault(figure["metric"], []).append(f"{figure['value']:g} ({figure['source']})")
     rows: list[tuple[Any, ...]] = [
         (_named(name), float(value), _ends(found["intervals"].get(name)), "; ".join(published.get(name, ())))
-        for name, value in found["metrics"].items()
+        for name, value in (found["metrics"] or {}).items()
     ]
     rows += [(name, "-", "", f"not computed: {why}") for name, why in found["skipped"].items()]
     rows += [(f"{name} answers, %", float(value), "", "") for name, value in found["rates"].items()]
@@ -124,7 +127,7 @@ def _named(metric: str) -> str:
 
 
 def _controls(found: dict[str, Any], main: str) -> str:
-    if not found["controls"]:
+    if not found["controls"] or found.get("reason"):  # where the answers have no score, neither have they
         return ""
     rows: list[tuple[Any, ...]] = [("the model", float(found["metrics"][main]), "", "")]
     for name, block in found["controls"].items():
@@ -200,17 +203,17 @@ def _curve(points: Sequence[Sequence[float]], label: str, name: str) -> str:
 
 
 def _items(items: Sequence[dict[str, Any]], main: str, count: int) -> str:
-    worst, best = report.ends(items, main, count)
+    shown = report.shown(items, main, count)
     parts = []
-    if any(items[number].get("maps") for number in (*worst, *best)):
+    if any(items[number].get("maps") for number in itertools.chain(*shown.values())):
         parts.append(
             '<p><label><input type="checkbox" id="maps" checked> Show what the answers lean on: gradient '
             "times input of the picture's cells, the strongest cell brightest.</label></p>"
         )
-    for name, chosen in (("Worst", worst), ("Best", best)):
+    for title, chosen in shown.items():
         if chosen:
             cards = "".join(_card(items[number], main) for number in chosen)
-            parts.append(f'<h2>{name} by {_safe(main)}</h2><ul class="items">{cards}</ul>')
+            parts.append(f'<h2>{_safe(title)}</h2><ul class="items">{cards}</ul>')
     return "".join(parts)
 
 
@@ -218,15 +221,16 @@ def _card(row: dict[str, Any], main: str) -> str:
     pictures = row["thumbnails"] if "thumbnails" in row else list(map(thumbnail, row["images"]))
     picture = "".join(itertools.starmap(_picture, itertools.zip_longest(pictures, row.get("maps", ()))))
     references = " · ".join(dict.fromkeys(row["references"][:5]))
+    score = row["scores"].get(main)
     return (
-        f"<li>{picture}<p><b>{_safe(row['question'])}</b></p><p>{_safe(row['answer']) or '<i>nothing</i>'} "
-        f'({row["scores"][main]:.0f})</p><p class="note">{_safe(references)}</p></li>'
+        f"<li>{picture}<p><b>{_safe(row['question'])}</b></p><p>{_safe(row['answer']) or '<i>nothing</i>'}"
+        f'{"" if score is None else f" ({score:.0f})"}</p><p class="note">{_safe(references)}</p></li>'
     )
 
 
 def keep_pictures(rows: Sequence[dict[str, Any]], examples: Sequence[Example], main: str, count: int) -> None:
     """Gives the rows that the page shows their pictures as `thumbnails`, where these are no files."""
-    for number in itertools.chain(*report.ends(rows, main, max(SHOWN, count))):
+    for number in itertools.chain(*report.shown(rows, main, max(SHOWN, count)).values()):
         images = examples[number].images
         if not all(isinstance(image, str | Path) for image in images):
             rows[number]["thumbnails"] = list(map(thumbnail, images))

@@ -17,9 +17,11 @@ from vlm.data.convert.common import parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
 from vlm.data.tables import whole_csv
 from vlm.errors import ConfigError, DataError
+from vlm.eval import outputs
 from vlm.eval.scorers import options
 from vlm.eval.task import Task, official_id
 
+KEPT = "; the answers that it holds are kept: make room and run the same command again"
 ID_KEYS = ("question_id", "questionId", "image_id", "image", "id", "pid", "key")
 ANSWER_KEYS = ("answer", "caption", "prediction", "text", "direct_answer", "multiple_choice")
 
@@ -59,20 +61,12 @@ class AnswerFile:
 
         Raises:
             ConfigError: the file holds another run's answers; the first difference is named.
-            DataError: a line in the middle cannot be read.
+            DataError: a line in the middle cannot be read, or the file cannot be written.
         """
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = _json_lines(self._whole_lines(), self.path)
+        if not rows:
             self._write([json.dumps({"run": self.header}, sort_keys=True)], "w")
             return {}
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.truncate(self.path, len(whole))  # the line that a kill cut short
-        rows = _json_lines(whole.decode("utf-8"), self.path)
-        if not rows:
-            self.path.unlink()
-            return self.load()
         try:
             header = dict(rows[0]["run"])
             done = {row["id"]: Prediction(**row) for row in rows[1:]}
@@ -80,6 +74,21 @@ class AnswerFile:
             raise DataError(f"{self.path} is no file of a run's answers; --restart drops it") from None
         self._same_run(header)
         return done
+
+    def _whole_lines(self) -> str:
+        """What the file holds, without a last line that a kill or a full disk cut short; that is dropped."""
+        with outputs.writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            raw = self.path.read_bytes() if self.path.exists() else b""
+            whole = raw[: raw.rfind(b"\n") + 1]
+            if len(whole) < len(raw):
+                os.truncate(self.path, len(whole))
+        try:
+            return whole.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path} is not UTF-8 text (byte {error.start}); --restart drops it"
+            ) from None
 
     def _same_run(self, there: Mapping[str, Any]) -> None:
         wanted, found = flat(json.loads(json.dumps(self.header))), flat(there)
@@ -91,11 +100,15 @@ class AnswerFile:
                 )
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Adds answers and sees them on the disk before it returns."""
+        """Adds answers and sees them on the disk before it returns.
+
+        Raises:
+            DataError: they cannot be written; those that are there stay, as `load` drops half a line.
+        """
         self._write([json.dumps(asdict(each), ensure_ascii=False) for each in predictions], "a")
 
     def _write(self, lines: Sequence[str], mode: str) -> None:
-        with self.path.open(mode, encoding="utf-8") as file:
+        with outputs.writing(self.path, KEPT), self.path.open(mode, encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
@@ -178,6 +191,9 @@ def _pairs(path: Path, task: Task) -> tuple[list[tuple[str | None, str]], bool]:
         rows = [row for row in _json_lines(text, path) if "run" not in row]
         return [_pair(row, path, task) for row in rows], False
     found = parse_json(text, path)
+    if isinstance(found, dict) and "main_metric" in found:
+        answers = path.with_name(f"{path.stem}.answers.jsonl")
+        raise DataError(f"{path} is a report of vlm eval, no file of answers: give {answers}")
     wrapped = isinstance(found, dict) and isinstance(found.get("results"), dict | list)
     found = found["results"] if wrapped else found
     if isinstance(found, dict):
@@ -227,8 +243,9 @@ def write_submission(path: Path, found: Any) -> None:
     from vlm.eval.report import write_json
 
     if isinstance(found, str):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found, encoding="utf-8")
+        with outputs.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found, encoding="utf-8")
     else:
         write_json(path, found)
 

@@ -57,9 +57,10 @@ def _plain(value: Any) -> Any:
 
 
 def scores_block(scores: Scores) -> dict[str, Any]:
-    """A report's part about one list of answers."""
+    """A report's part about one list of answers; `metrics` is null where there is a reason."""
     return {
-        "metrics": scores.metrics,
+        "metrics": None if scores.reason else scores.metrics,
+        "reason": scores.reason,
         "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
         "breakdown": scores.breakdown,
         "skipped": scores.skipped,
@@ -123,6 +124,14 @@ def ends(rows: Sequence[Mapping[str, Any]], main: str, count: int) -> tuple[list
     return worst, ranked[::-1][: min(count, len(ranked) - len(worst))]
 
 
+def shown(rows: Sequence[Mapping[str, Any]], main: str, count: int) -> dict[str, list[int]]:
+    """Title -> places of the items that a page shows: both `ends`, or the first ones where none is scored."""
+    worst, best = ends(rows, main, count)
+    if not worst and not best:
+        return {"The first answers": list(range(min(count, len(rows))))}
+    return {f"Worst by {main}": worst, f"Best by {main}": best}
+
+
 def near_ties(predictions: Sequence[Prediction]) -> int | None:
     """How many answers another batch size or number of processes may change; None where nobody measured."""
     margins = [each.margin for each in predictions if each.margin is not None]
@@ -170,8 +179,11 @@ def risk_coverage(sure: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.
     return sure[order], scores[order].cumsum() / np.arange(1, len(order) + 1)
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path, *, scored: bool = True) -> dict[str, Any]:
     """A report that `vlm eval` wrote.
+
+    Args:
+        scored: False: one of a split whose answers are not published will do.
 
     Raises:
         DataError: it is missing, not JSON or no report; what it lacks is named.
@@ -180,10 +192,15 @@ def read_report(path: Path) -> dict[str, Any]:
         found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from None
+    bare = isinstance(found, dict) and found.get("metrics") is None and found.get("reason")
+    if bare and scored:
+        raise DataError(f"{path} holds no scores: {found['reason']}")
     for name, kind in _FIELDS.items():
+        if bare and name == "metrics":
+            continue
         if not isinstance(found, dict) or not isinstance(found.get(name), kind):
             raise DataError(f"{path} is no report of vlm eval: it has no {name!r}")
-    if found["main_metric"] not in found["metrics"]:
+    if not bare and found["main_metric"] not in found["metrics"]:
         raise DataError(f"{path} is no report of vlm eval: it has no score of {found['main_metric']!r}")
     return found
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.conversation import Conversation
 from vlm.data.example import Example
-from vlm.errors import VLMError
+from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import controls, outputs, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export, write_submission
 from vlm.eval.scorers import options
-from vlm.eval.task import Scores, Task
+from vlm.eval.task import Scores, Task, unscored
 from vlm.options import apply_common, apply_offline
 
 if TYPE_CHECKING:
@@ -33,9 +33,15 @@ def run(args: argparse.Namespace) -> int:
     task = tasks.get(args.task)
     out = args.out or Path("runs") / f"{task.name}.json"
     outputs.check(out, page=True)
-    outputs.check(args.submission, "--submission", spare=[out])
+    kinds = ("items", "answers", *(f"answers.{name}" for name in controls.RUNS))
+    spare = [out, out.with_suffix(".html"), *(report.siblings(out, kind) for kind in kinds)]
+    outputs.check(args.submission, "--submission", spare=spare)
+    if args.train_data is not None and not args.train_data.is_dir():
+        raise ConfigError(f"--train-data {args.train_data} is no folder")
     apply_offline(args)  # the data may be a hub data set's
     examples = task.examples(args.data, args.split)
+    if unscored(examples):  # a submission is all that such a run is for
+        args.submission = args.submission or out.with_name(f"{out.stem}.submission.json")
     apply_common(args)
     model = _model(args)
     started = time.monotonic()
@@ -151,7 +157,8 @@ class Session:
                 runner.forget(self._answer_file(control))
         runner.meet()
         answers = self._answers(conversations, header, None)
-        blind = self._control_answers(conversations, header) if self.args.controls == "all" else {}
+        looked = self.args.controls == "all" and not unscored(self.examples)
+        blind = self._control_answers(conversations, header) if looked else {}
         if runner.rank_and_world()[0]:
             return {}
         block = self._block(conversations, answers, blind)
@@ -166,7 +173,8 @@ class Session:
         """The report of answers and of what the model said in its controls; writes the items too."""
         texts = [answer.text for answer in answers]
         scores = self.task.scores(self.examples, texts, java=not self.args.no_java)
-        self._write_items(conversations, answers, scores)
+        main = self.task.main if scores.reason else scores.main
+        self._write_items(conversations, answers, scores, main)
         if self.args.submission:
             write_submission(self.args.submission, export(self.task, self.examples, texts))
         block: dict[str, Any] = {
@@ -177,22 +185,23 @@ class Session:
             "comparable": self.whole,
             "limit": None if self.whole else self.args.limit,
             "adapter": str(self.model.adapter_name),
-            "main_metric": scores.main,
+            "main_metric": main,
             **report.scores_block(scores),
             "rates": report.rates(
                 self.task, self.examples, texts, [] if self.likelihood else [a.finish for a in answers]
             ),
             "near_ties": report.near_ties(answers),
-            "controls": self._controls(blind, scores.main),
+            "controls": self._controls(blind, main),
             "shots": {"k": self.args.shots, "labels": self.args.shot_labels, "choice": self.args.shot_choice}
             if self.args.shots
             else None,
             "published": [vars(figure) for figure in self.task.published],
             "predictions": report.siblings(self.out, "answers").name,
+            "submission": str(self.args.submission) if self.args.submission else None,
             "maps": self.args.maps,
         }
-        block["text_only"] = text_only(block["controls"], scores.main)
-        block["calibration"] = report.calibration(scores.per_item.get(scores.main), answers)
+        block["text_only"] = text_only(block["controls"], main)
+        block["calibration"] = report.calibration(scores.per_item.get(main), answers)
         if self.args.train_data:
             from vlm.eval.contamination import overlap
 
@@ -200,17 +209,17 @@ class Session:
         return block
 
     def _write_items(
-        self, conversations: Sequence[Conversation], answers: Sequence[Prediction], scores: Scores
+        self, conversations: Sequence[Conversation], answers: Sequence[Prediction], scores: Scores, main: str
     ) -> None:
         rows = report.items(self.examples, [answer.text for answer in answers], scores, answers)
         if self.args.maps:
             from vlm.eval.maps import add_maps
 
-            add_maps(self.model, rows, self.examples, conversations, scores.main, self.args.maps)
+            add_maps(self.model, rows, self.examples, conversations, main, self.args.maps)
         if not self.args.no_html:
             from vlm.eval.page import keep_pictures
 
-            keep_pictures(rows, self.examples, scores.main, self.args.maps)
+            keep_pictures(rows, self.examples, main, self.args.maps)
         report.write_items(report.siblings(self.out, "items"), rows)
 
     def _conversations(self) -> list[Conversation]:
@@ -221,7 +230,11 @@ class Session:
             base = [Conversation(e.images, e.turns) for e in self.examples]
         if not self.args.shots:
             return base
-        return prompts.with_shots(self, base, self.train(), lettered)
+        try:
+            train = self.train()
+        except VLMError as error:
+            raise DataError(f"--shots takes its examples from the training split: {error}") from None
+        return prompts.with_shots(self, base, train, lettered)
 
     def _answers(
         self, conversations: Sequence[Conversation], header: Mapping[str, Any], control: str | None
@@ -257,6 +270,9 @@ class Session:
         """The report's table: every control with its scores, or with none and the reason."""
         if self.args.controls == "none":
             return {}
+        if why := unscored(self.examples):
+            return {name: {"about": about, "metrics": None, "reason": why} for name, about in
+                    controls.ABOUT.items()}  # fmt: skip
         said = dict(blind)
         try:
             said["prior"] = controls.prior(self.train(), self.examples, captions=self.task.captions)
@@ -306,13 +322,17 @@ def text_only(table: Mapping[str, Any], main: str) -> dict[str, Any] | None:
 def show(block: Mapping[str, Any], out: Path) -> None:
     """The scores, in a few lines."""
     n, split = block["n"], block["split"]
-    note = "" if block["comparable"] else f" (limited to {n}: not comparable with published figures)"
+    reason = block.get("reason")
+    lost = "not all that the server wants" if reason else "not comparable with published figures"
+    note = "" if block["comparable"] else f" (limited to {n}: {lost})"
     print(f"{block['task']}, {split}, {n} examples{note}")
-    for name, value in block["metrics"].items():
+    if reason:
+        print(f"  no scores: {reason}")
+    for name, value in (block["metrics"] or {}).items():
         ends = block["intervals"].get(name)
         print(f"  {name:<20} {value:7.2f}" + (f"   95 % {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""))
     main = block["main_metric"]
-    for name, control in block["controls"].items():
+    for name, control in ({} if reason else block["controls"]).items():  # the reason is theirs too
         value = (control["metrics"] or {}).get(main)
         said = f"{value:7.2f}" if value is not None else f"      -   {control.get('reason') or ''}"
         print(f"  {name + ' (control)':<20} {said}")
@@ -327,4 +347,6 @@ def show(block: Mapping[str, Any], out: Path) -> None:
 
         for line in lines(block["contamination"], main):
             print(f"  {line}")
+    if block.get("submission"):
+        print(f"submission: {block['submission']}")
     print(f"report: {out}")

@@ -16,9 +16,11 @@ import numpy as np
 from vlm.conversation import ImageSource
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, image_key
+from vlm.data.streams import hub_name
 from vlm.errors import ConfigError, DataError
 
 _YEAR = re.compile(r"[_-]?20\d\d$")  # COCO's parts go by theirs
+UNPUBLISHED = "the answers of this split are not published; the benchmark's own server scores a submission"
 LOWER_IS_BETTER = frozenset(("chair_i", "chair_s"))
 
 
@@ -32,6 +34,7 @@ class Scores:
         per_item: (n,) scores of single items, NaN where an item does not count; for comparing runs.
         breakdown: subset -> {"n": items, metric: score}.
         skipped: metric -> why it is not here.
+        reason: why there are no scores at all; None where there are.
     """
 
     metrics: dict[str, float]
@@ -39,6 +42,7 @@ class Scores:
     per_item: dict[str, np.ndarray]
     breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
 
     @property
     def main(self) -> str:
@@ -69,6 +73,8 @@ class Task:
         main: the name of the main metric, the first of `score`'s.
         score: examples and their answers, in the same order -> scores.
         split: the split that is meant when none is named; `splits` all of them.
+        hidden: those of `splits` whose answers the benchmark keeps: `read` may give examples without any,
+            which are asked about and written down for its server, but not scored (see `unscored`).
         train: the split for the question-only prior and for shots; None where there is none.
         chance: score of guessing, in the main metric, in percent; None where it means nothing.
         generation: fields of `GenerationConfig` that this task decodes with.
@@ -91,6 +97,7 @@ class Task:
     score: Scorer
     split: str
     splits: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
     train: str | None = "train"
     chance: Callable[[Sequence[Example]], float | None] = lambda examples: None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +118,7 @@ class Task:
 
         Raises:
             ConfigError: a split that this task does not have.
-            DataError: nothing to read, or two examples with one id.
+            DataError: no such place, nothing to read, two examples with one id, or answers to some alone.
         """
         chosen = self.canonical(split)
         if chosen not in self.splits:
@@ -119,6 +126,8 @@ class Task:
             raise ConfigError(f"{self.name} has no split {split or chosen!r}; it has {known}")
         if root is None and not self.data_optional:
             raise DataError(f"say where the data of {self.name} lie: --data FOLDER")
+        if root is not None and not root.expanduser().exists() and hub_name(root) is None:
+            raise DataError(f"{root} is missing; --data says where the data of {self.name} lie")
         found = self.read(root, chosen, pictures)
         if not found:
             raise DataError(f"{self.name} has no examples in split {split or chosen} of {root}")
@@ -127,17 +136,37 @@ class Task:
             if example.id in seen:
                 raise DataError(f"{self.name}, split {split or chosen}: the id {example.id} stands twice")
             seen.add(example.id)
+        bare = [example.id for example in found if not example.answers]
+        if 0 < len(bare) < len(found):
+            raise DataError(
+                f"{self.name}, split {split or chosen}: {len(bare)} of {len(found)} examples have no "
+                f"answers, the first is {bare[0]}; a split has all of them or none"
+            )
+        return found
+
+    def answered(self, root: Path | None, split: str | None = None) -> list[Example]:
+        """The examples of a split, without pictures, for answers that are to be scored.
+
+        Raises:
+            ConfigError, DataError: as `examples`, and where the split's answers are not published.
+        """
+        found = self.examples(root, split, pictures=False)
+        if why := unscored(found):
+            raise DataError(f"{self.name}, split {split or self.split}, cannot be scored: {why}")
         return found
 
     def canonical(self, split: str | None) -> str:
         """The split's name in this task: its default for None, "dev" for "val", "VAL" and "val2014".
 
-        A name that means nothing comes back as it is.
+        Hyphens make no difference: "testdev" is "test-dev". A name that means nothing comes back as it is.
         """
         chosen = split or self.split
-        plain = _YEAR.sub("", chosen.strip().lower())
-        if chosen in self.splits or plain in self.splits:
-            return chosen if chosen in self.splits else plain
+        typed = chosen.strip().lower()
+        plain = _YEAR.sub("", typed)
+        for name in (typed, plain):
+            for each in self.splits:
+                if _letters(name) == _letters(each):
+                    return each
         try:
             return canonical_split(plain)
         except DataError:
@@ -158,15 +187,26 @@ class Task:
         return "train-rest" if chosen == "dev" and "train-rest" in self.splits else self.train
 
     def scores(self, examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
-        """What `answers`, in the examples' order, are worth."""
+        """What `answers`, in the examples' order, are worth; no scores but a reason where nobody can know."""
+        if why := unscored(examples):
+            return Scores({}, {}, {}, reason=why)
         if self.captions:
             return self.score(examples, answers, java=java)
         return self.score(examples, answers)
 
 
+def unscored(examples: Sequence[Example]) -> str | None:
+    """Why examples cannot be scored: their answers are not published; None where they can."""
+    return None if any(example.answers for example in examples) else UNPUBLISHED
+
+
 def official_id(example: Example) -> str:
     """The id that the official results format of its benchmark knows the example by."""
     return str(example.meta.get("key") or example.id.rpartition("/")[2])
+
+
+def _letters(split: str) -> str:
+    return split.replace("-", "").replace("_", "")
 
 
 def picture_names(images: Sequence[ImageSource]) -> tuple[str, ...]:

@@ -60,9 +60,12 @@ def write_card(out: Path, reports: Sequence[Path] = (), failures: str = "") -> N
 
     Raises:
         WeightsError: the folder holds no adapter, or cannot be written.
-        DataError: a report cannot be read.
+        DataError: a report cannot be read, or holds no scores.
     """
     read = [_read(path) for path in reports]
+    for path, found in zip(reports, read, strict=True):
+        if found.get("reason"):  # of a split whose answers are not published
+            raise DataError(f"{path} holds no scores: {found['reason']}")
     files = {"README.md": card(out, read, failures).encode()}
     if drawn := _calibrated(read):
         files[RISK] = draw_risk(drawn)

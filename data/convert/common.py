@@ -103,6 +103,8 @@ def first_existing(root: Path, names: Iterable[str], what: str) -> Path:
     Raises:
         DataError: none does; the message lists what was looked for.
     """
+    if root.is_file():
+        raise DataError(f"{root} is a file; the folder that it lies in is needed, for all files of the set")
     tried = list(names)
     for name in tried:
         if (root / name).exists():

@@ -17,8 +17,9 @@ from typing import Any
 from vlm.config import CAPTION_PROMPT
 from vlm.data.convert.common import make_example, parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
-from vlm.data.readers import PART_FOLDERS, read_source
+from vlm.data.readers import read_source
 from vlm.data.rows import as_text
+from vlm.data.streams import SPLIT_NAMES
 from vlm.data.tables import metadata_file, whole_csv
 from vlm.errors import DataError
 from vlm.eval.scorers import caption_scores, exact, item_scores, normalised, strict
@@ -31,7 +32,7 @@ def metadata_of(root: Path, split: str) -> Path | None:
     Raises:
         DataError: training rows are asked for, and the folder has none but those that are evaluated.
     """
-    for name in PART_FOLDERS.get(split, ()):
+    for name in SPLIT_NAMES.get(split, ()):
         if (found := metadata_file(root / name)) is not None:
             return found
     whole = metadata_file(root)

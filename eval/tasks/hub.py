@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlm.data.rows import BadRow, RowError, picture_finder
-from vlm.data.streams import SPLIT_NAMES, guarded, hub_name, hub_part, hub_rows, shard_rows
+from vlm.data.streams import SPLIT_NAMES, guarded, hub_name, hub_part, hub_rows, no_part, shard_rows
 from vlm.data.tables import Rows
 from vlm.errors import DataError
 from vlm.eval.tasks.layouts import Entry
@@ -35,6 +35,7 @@ def entries(
     names: Sequence[str] = (),
     config: str = "",
     bare: bool = False,
+    hidden: bool = False,
 ) -> Iterator[Entry]:
     """The rows of one part, in order; pictures stay the bytes that they are stored as.
 
@@ -43,6 +44,7 @@ def entries(
         names: what the part may be called, the best first; the usual names of `split` where none is given.
         config: the configuration (a folder of the repository) where the benchmark has several tables.
         bare: rows without a picture are passed over rather than refused.
+        hidden: the benchmark keeps the part's answers, so that rows may have none.
 
     Raises:
         DataError: no such part, an unreadable file, a row without picture; the file and the row are named.
@@ -56,7 +58,7 @@ def entries(
             raise DataError(str(row))
         words = {name: value for name, value in row.items() if name != IMAGE}
         if without:
-            yield Entry(place, words, Path(place), number)
+            yield Entry(place, words, Path(place), number, hidden)
             continue
         if IMAGE not in row:
             raise DataError(f"{place} has no column {IMAGE!r}; it has {', '.join(words)}")
@@ -66,7 +68,7 @@ def entries(
             image = find(row[IMAGE])
         except RowError as error:
             raise DataError(f"{place}, column {IMAGE!r}: {error.cause} {error.detail}".rstrip()) from None
-        yield Entry(place, words, image if pictures else Path(place), number)
+        yield Entry(place, words, image if pictures else Path(place), number, hidden)
 
 
 def _rows(
@@ -76,7 +78,7 @@ def _rows(
     if (repo := hub_name(root)) is not None:
         repo = f"{repo.partition(':')[0]}:{config}" if config else repo
         return hub_rows(hub_part(repo, split, names), repo, without=without), Path()
-    files = _part_files(root, split, names, config)
+    files = _part_files(root, names, config)
     return shard_rows("parquet", [str(file) for file in files], without=without), files[0].parent
 
 
@@ -96,7 +98,7 @@ def part_of(file: Path) -> str:
     return word[0] if word else file.parent.name.lower()
 
 
-def _part_files(root: Path, split: str, names: Sequence[str], config: str) -> list[Path]:
+def _part_files(root: Path, names: Sequence[str], config: str) -> list[Path]:
     """The files of the first part that there is.
 
     Raises:
@@ -112,5 +114,4 @@ def _part_files(root: Path, split: str, names: Sequence[str], config: str) -> li
             raise DataError(f"{root} has a {name} part in {', '.join(folders)}: name one of the folders")
         if chosen:
             return chosen
-    known = ", ".join(sorted({part_of(file) for file in files}))
-    raise DataError(f"{root} has no {split} part ({' or '.join(names)}); its Parquet files are of {known}")
+    raise no_part(root, names, sorted({part_of(file) for file in files}))

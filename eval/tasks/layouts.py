@@ -18,7 +18,7 @@ from vlm.errors import DataError
 from vlm.eval.scorers import caption_scores
 from vlm.eval.task import Task
 
-_COCO_PARTS = ("val2014", "train2014", "test2015", "val2017", "train2017", "test2017")
+_COCO_PARTS = ("val2014", "train2014", "test2014", "test2015", "val2017", "train2017", "test2017")
 _COCO_BASES = ("images/", "Images/", "Images/mscoco/")
 COCO_FOLDERS = ("", "images", *_COCO_PARTS, *(base + part for base in _COCO_BASES for part in _COCO_PARTS))
 """Beside the annotations, or as VQA's toolkit has them."""
@@ -35,12 +35,14 @@ class Entry:
         row: column -> value, without the picture.
         image: the picture.
         number: its place in its split, from 0.
+        hidden: the benchmark keeps the answers of this split, so that there may be none.
     """
 
     where: str | Path
     row: Mapping[str, Any]
     image: ImageSource
     number: int = 0
+    hidden: bool = False
 
     def __getitem__(self, name: str) -> Any:
         """A column's value.
@@ -67,18 +69,26 @@ class Entry:
         return rows_of(self.row, self.where, name)
 
     def texts(self, name: str) -> list[str]:
-        """A column's texts, at least one: plain ones, or VQA's objects with an "answer".
+        """A column's texts, not all of them empty: plain ones, or VQA's objects with an "answer".
 
         Raises:
             DataError: there are none, or one is no text.
         """
-        found = self.listed(name)
-        if not found:
-            raise DataError(f"{self.where}: {name!r} is empty: {str(dict(self.row))[:80]}")
-        return [
+        found = [
             text_of(each if isinstance(each, Mapping) else {"answer": each}, "answer", self.where)
-            for each in found
+            for each in self.listed(name)
         ]
+        if not any(found):
+            raise DataError(f"{self.where}: {name!r} is empty: {str(dict(self.row))[:80]}")
+        return found
+
+    def kept(self, name: str) -> bool:
+        """Whether the benchmark keeps what this column would say: it is absent, null or only empty texts in a
+        split whose answers are hidden. Anywhere else a missing column is an error."""
+        found = self.row.get(name) if self.hidden else True
+        if isinstance(found, list):
+            return not any(each.get("answer") if isinstance(each, Mapping) else each for each in found)
+        return found in (None, "")
 
 
 def load(root: Path | None, names: Sequence[str], what: str) -> tuple[Path, Any]:
@@ -187,7 +197,7 @@ class Pictures:
 
 
 def coco_names(row: Any, part: str, where: str | Path) -> tuple[str, ...]:
-    """The file names of the COCO picture of a row's `image_id`: of 2014 and of 2017.
+    """The file names of the COCO picture of a row's `image_id`: of `part` ("val2014") and of 2017.
 
     Raises:
         DataError: its id is no whole number.
@@ -196,19 +206,22 @@ def coco_names(row: Any, part: str, where: str | Path) -> tuple[str, ...]:
     if not id.isdecimal():
         raise DataError(f"{where}: 'image_id' is no whole number: {id[:80]}")
     number = f"{int(id):012d}.jpg"
-    return (f"COCO_{part}2014_{number}", number, f"COCO_test2015_{number}")
+    return (f"COCO_{part}_{number}", number)
 
 
-def chosen_of(entry: Entry, options: str, right: str) -> tuple[list[str], str]:
+def chosen_of(entry: Entry, options: str, right: str) -> tuple[list[str], list[str]]:
     """(the choices, the right one of them) from the columns of the choices and of the right one's number.
 
     Raises:
-        DataError: there is no right one.
+        DataError: there is no right one, and it is not that the benchmark keeps it.
     """
-    listed, number = entry.texts(options), entry[right]
+    listed = entry.texts(options)
+    if entry.kept(right):
+        return listed, []
+    number = entry[right]
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(listed):
         raise DataError(f"{entry.where}: {right!r} is {number!r} of {len(listed)} choices: {listed}")
-    return listed, listed[number]
+    return listed, [listed[number]]
 
 
 def vqa_example(entry: Entry) -> Example:
@@ -218,6 +231,8 @@ def vqa_example(entry: Entry) -> Example:
         DataError: a field is missing, the answer type is unknown.
     """
     id = entry.text("question_id")
+    if entry.kept("answers"):
+        return make_example(entry.image, entry.text("question"), (), id, {"key": id})
     meta = {
         "key": id,
         "question_type": str(entry.row.get("question_type", "")),
@@ -232,33 +247,43 @@ def caption_example(image: ImageSource, captions: Iterable[str], key: str, **met
 
 
 def vqa_pairs(
-    root: Path | None, pictures: bool, questions: str, annotations: str, part: str
+    root: Path | None, pictures: bool, questions: str, annotations: str | None, part: str
 ) -> list[Example]:
     """The examples of an official VQA pair of files: questions, and ten answers each.
 
     The files lie side by side, or as VQA's toolkit has them (Questions/, Annotations/, Images/mscoco/).
+    Where the benchmark keeps the annotations they have no name. `part` is that of COCO's pictures.
 
     Raises:
         DataError: a question without annotation, an unknown answer type, a missing picture.
     """
     question_path, asked = load(root, beside(questions, "Questions", "questions"), "question file")
-    path, said = load(root, beside(annotations, "Annotations"), "annotation file")
+    notes = _annotations(root, annotations) if annotations else None
     find = Pictures(root, COCO_FOLDERS, pictures)
+    examples = []
+    for row in rows_of(asked, question_path, "questions"):
+        asks = {name: text_of(row, name, question_path) for name in ("question_id", "question")}
+        image = find(*coco_names(row, part, question_path))
+        if notes is None:
+            examples.append(vqa_example(Entry(question_path, asks, image, hidden=True)))
+            continue
+        path, by_id = notes
+        if asks["question_id"] not in by_id:
+            raise DataError(f"{path} has no annotation for question {asks['question_id']}")
+        examples.append(vqa_example(Entry(path, by_id[asks["question_id"]] | asks, image)))
+    return examples
+
+
+def _annotations(root: Path | None, name: str) -> tuple[Path, dict[str, Any]]:
+    """VQA's file of annotations, and its rows by their questions' ids."""
+    path, said = load(root, beside(name, "Annotations"), "annotation file")
     by_id: dict[str, Any] = {}
     for row in rows_of(said, path, "annotations"):
         id = text_of(row, "question_id", path)
         if id in by_id:
             raise DataError(f"{path}: question {id} is annotated twice")
         by_id[id] = row
-    examples = []
-    for row in rows_of(asked, question_path, "questions"):
-        id = text_of(row, "question_id", question_path)
-        if id not in by_id:
-            raise DataError(f"{path} has no annotation for question {id}")
-        asks = {"question": text_of(row, "question", question_path)}
-        image = find(*coco_names(row, part, question_path))
-        examples.append(vqa_example(Entry(path, by_id[id] | asks, image)))
-    return examples
+    return path, by_id
 
 
 def beside(name: str, *folders: str) -> list[str]:
@@ -285,6 +310,20 @@ def karpathy(
             places = (f"{row['filepath']}/{file}", file) if row.get("filepath") else (file,)
             examples.append(caption_example(find(*places), texts, key))
     return examples
+
+
+def image_info(root: Path | None, pictures: bool, name: str, folders: Sequence[str]) -> list[Example]:
+    """The pictures of a part whose captions the benchmark keeps: COCO's JSON with `images` alone.
+
+    Raises:
+        DataError: the file or a picture is missing, an entry lacks a field.
+    """
+    path, found = load(root, beside(name), "list of the part's pictures")
+    find = Pictures(root, folders, pictures)
+    return [
+        caption_example(find(text_of(row, "file_name", path)), (), text_of(row, "id", path))
+        for row in rows_of(found, path, "images")
+    ]
 
 
 def caption_task(name: str, about: str, **rest: Any) -> Task:

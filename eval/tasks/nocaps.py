@@ -11,21 +11,29 @@ from vlm.errors import DataError
 from vlm.eval.scorers import breakdown, caption_scores
 from vlm.eval.task import Published, Scores
 from vlm.eval.tasks import hub
-from vlm.eval.tasks.layouts import Pictures, caption_example, caption_task, load, rows_of, text_of
+from vlm.eval.tasks.layouts import (
+    Entry,
+    Pictures,
+    caption_example,
+    caption_task,
+    image_info,
+    load,
+    rows_of,
+    text_of,
+)
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
+HIDDEN = ("test",)
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official file of the validation part, and its pictures; or lmms-lab/NoCaps, which lacks the
-    domains."""
+    """The official file of a part, and its pictures; or lmms-lab/NoCaps, which lacks the domains."""
+    hidden = split in HIDDEN
     if hub.holds(root):
-        return [
-            caption_example(
-                entry.image, entry.texts("annotations_captions"), entry.text("image_id"), domain=""
-            )
-            for entry in hub.entries(root, split, pictures)
-        ]
+        found = hub.entries(root, split, pictures, hidden=hidden)
+        return [caption_example(e.image, _captions(e), e.text("image_id"), domain="") for e in found]
+    if hidden:
+        return image_info(root, pictures, "nocaps_test_image_info.json", ("test", "images", ""))
     path, found = load(root, ["nocaps_val_4500_captions.json", "nocaps_val.json"], "NoCaps file")
     find = Pictures(root, ("val", "images", "validation", ""), pictures)
     captions: dict[str, list[str]] = {}
@@ -41,6 +49,10 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     return examples
 
 
+def _captions(entry: Entry) -> list[str]:
+    return [] if entry.kept("annotations_captions") else entry.texts("annotations_captions")
+
+
 def score(examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
     """Caption scores, CIDEr by domain too (with the whole set's document frequencies)."""
     found = caption_scores(examples, answers, java=java)
@@ -54,7 +66,8 @@ TASKS = (
         read=read,
         score=score,
         split="dev",
-        splits=("dev",),
+        splits=("dev", "test"),
+        hidden=HIDDEN,
         train=None,
         published=(
             Published("cider", 65.8, "ClipCap, frozen GPT-2, arXiv:2111.09734, val"),

@@ -17,9 +17,9 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """The official questions and annotations files, or lmms-lab/OK-VQA; its test part is COCO's val."""
     if hub.holds(root):
         return [vqa_example(entry) for entry in hub.entries(root, split, pictures, names=HUB_PARTS[split])]
-    part = "val" if split == "test" else "train"
-    questions = f"OpenEnded_mscoco_{part}2014_questions.json"
-    return vqa_pairs(root, pictures, questions, f"mscoco_{part}2014_annotations.json", part)
+    part = "val2014" if split == "test" else "train2014"
+    questions = f"OpenEnded_mscoco_{part}_questions.json"
+    return vqa_pairs(root, pictures, questions, f"mscoco_{part}_annotations.json", part)
 
 
 TASKS = (

@@ -38,7 +38,7 @@ def _example(entry: Entry, id: str) -> Example:
     hint = str(entry.row.get("hint") or "").strip()
     question = entry.text("question")
     meta = {"key": id, "options": json.dumps(listed), "question_type": str(entry.row.get("subject", ""))}
-    return make_example(entry.image, f"{hint}\n{question}" if hint else question, [right], id, meta)
+    return make_example(entry.image, f"{hint}\n{question}" if hint else question, right, id, meta)
 
 
 def submission(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, dict[str, int]]:

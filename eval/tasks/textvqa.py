@@ -12,23 +12,27 @@ from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
 from vlm.eval.tasks.layouts import Entry, Pictures, load, rows_of, text_of
 
+HIDDEN = ("test",)
+
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The official file, and the pictures in train_images; or lmms-lab/textvqa."""
+    """The official file, and the pictures in train_images or test_images; or lmms-lab/textvqa."""
+    hidden = split in HIDDEN
     if hub.holds(root):
-        return [_example(entry) for entry in hub.entries(root, split, pictures)]
+        return [_example(entry) for entry in hub.entries(root, split, pictures, hidden=hidden)]
     part = "val" if split == "dev" else split
     path, found = load(root, [f"TextVQA_0.5.1_{part}.json"], "TextVQA file")
     find = Pictures(root, ("train_images", "images", "test_images", ""), pictures)
     return [
-        _example(Entry(path, row, find(f"{text_of(row, 'image_id', path)}.jpg")))
+        _example(Entry(path, row, find(f"{text_of(row, 'image_id', path)}.jpg"), hidden=hidden))
         for row in rows_of(found, path, "data")
     ]
 
 
 def _example(entry: Entry) -> Example:
     id = entry.text("question_id")
-    return make_example(entry.image, entry.text("question"), entry.texts("answers"), id)
+    answers = () if entry.kept("answers") else entry.texts("answers")
+    return make_example(entry.image, entry.text("question"), answers, id)
 
 
 def _anls(answer: str, example: Example) -> float:
@@ -43,7 +47,8 @@ TASKS = (
         main="accuracy_strict",
         score=item_scores({"accuracy_strict": strict, "accuracy_normalised": normalised, "anls": _anls}),
         split="dev",
-        splits=("train", "dev"),
+        splits=("train", "dev", "test"),
+        hidden=HIDDEN,
         generation={"max_new_tokens": 16},
         published=(
             Published("accuracy_strict", 26.6, "LoRRA, Singh et al. 2019, arXiv:1904.08920, val"),

@@ -10,15 +10,21 @@ from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
 from vlm.eval.tasks.layouts import vqa_example, vqa_pairs
 
+HIDDEN = ("test-dev", "test")  # of the second the first is a part; both are about COCO's test2015
+HUB_PARTS = {"test-dev": ("testdev",)}
+
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """The official questions and annotations files, and the pictures beside them; or lmms-lab/VQAv2."""
+    hidden = split in HIDDEN
     if hub.holds(root):
-        return [vqa_example(entry) for entry in hub.entries(root, split, pictures)]
-    part = "val" if split == "dev" else split
-    questions = f"v2_OpenEnded_mscoco_{part}2014_questions.json"
-    annotations = f"v2_mscoco_{part}2014_annotations.json"
-    return vqa_pairs(root, pictures, questions, annotations, part)
+        names = HUB_PARTS.get(split, ())
+        return [vqa_example(e) for e in hub.entries(root, split, pictures, names=names, hidden=hidden)]
+    if hidden:
+        return vqa_pairs(root, pictures, f"v2_OpenEnded_mscoco_{split}2015_questions.json", None, "test2015")
+    part = "val2014" if split == "dev" else f"{split}2014"
+    questions = f"v2_OpenEnded_mscoco_{part}_questions.json"
+    return vqa_pairs(root, pictures, questions, f"v2_mscoco_{part}_annotations.json", part)
 
 
 TASKS = (
@@ -29,7 +35,8 @@ TASKS = (
         main="accuracy_strict",
         score=vqa_scores,
         split="dev",
-        splits=("train", "dev"),
+        splits=("train", "dev", *HIDDEN),
+        hidden=HIDDEN,
         generation={"max_new_tokens": 12},
         published=(
             Published(

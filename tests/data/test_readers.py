@@ -106,7 +106,7 @@ def test_parts_are_folders(folder: Path, tmp_path: Path) -> None:
     (root / "train" / "metadata.jsonl").write_text("\n".join(lines[1:]))
     assert [e.answers for e in read_dataset(root, split="val")] == [("x",)]
     assert len(read_dataset(root, split="train-rest")) == len(read_dataset(root, split="train")) == 9
-    with pytest.raises(DataError, match="no test part; it has dev, train"):
+    with pytest.raises(DataError, match="no part called test; it has dev, train"):
         read_dataset(root, split="test")
 
 

@@ -220,7 +220,7 @@ def test_what_cannot_be_streamed_says_so(tmp_path: Path, write_shards: Callable[
     with pytest.raises(DataError, match=r"x-1.tar is missing"):
         find_laps(str(tmp_path / "x-{1..2}.tar"))
     write_shards(tmp_path / "shards", [1])
-    with pytest.raises(DataError, match="has no dev part"):
+    with pytest.raises(DataError, match="has no part called dev, validation, val or valid; it has train"):
         find_laps(str(tmp_path / "shards"), "dev")
     before = find_laps(str(tmp_path / "shards")).fingerprint()
     assert before == find_laps(str(tmp_path / "shards"), shard=(1, 2)).fingerprint()

@@ -45,7 +45,7 @@ def test_what_is_evaluated_is_never_the_training_split(own: Path) -> None:
     prior = run(own)["controls"]["prior"]
     assert prior["metrics"] is None
     assert "has no training split: its one metadata.jsonl is what is evaluated" in prior["reason"]
-    with pytest.raises(DataError, match="has no training split"):
+    with pytest.raises(DataError, match="--shots takes its examples .* has no training split"):
         run(own, "--shots", "2", "--restart")
 
 
@@ -144,5 +144,5 @@ def test_a_converted_set_is_scored_without_its_pictures(split: str, tmp_path: Pa
 
 def test_a_wrong_folder_is_never_another_set(tmp_path: Path) -> None:
     argv = ["score", "easy-vqa", "--data", str(tmp_path / "absent"), "--predictions", "none.json"]
-    with pytest.raises(DataError, match="absent does not hold easy-vqa"):
+    with pytest.raises(DataError, match="absent is missing; --data says where the data of easy-vqa lie"):
         main(argv)

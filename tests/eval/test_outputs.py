@@ -47,6 +47,23 @@ def test_the_page_does_not_replace_the_report(command: list[str], tmp_path: Path
         main([*command, *DATA, "--out", str(tmp_path / "r.html")])
 
 
+@pytest.mark.parametrize(
+    "name", ["r.json", "r.html", "r.items.jsonl", "r.answers.jsonl", "r.answers.blank.jsonl"]
+)
+def test_a_submission_does_not_replace_what_the_run_itself_writes(name: str, tmp_path: Path) -> None:
+    words = ["vqav2", *DATA, "--out", str(tmp_path / "r.json"), "--submission", str(tmp_path / name)]
+    with pytest.raises(ConfigError, match=r"--submission .* would replace a file that is read or written"):
+        main(words)
+
+
+@pytest.mark.parametrize("name", ["absent", "file"])
+def test_training_pictures_are_looked_for_before_the_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    words = ["vqav2", *DATA, "--out", str(tmp_path / "r.json"), "--train-data", str(tmp_path / name)]
+    with pytest.raises(ConfigError, match=f"--train-data .*{name} is no folder"):
+        main(words)
+
+
 @pytest.mark.parametrize(("read", "out"), [("p.json", "p.json"), ("r.items.jsonl", "r.json")])
 def test_what_is_read_is_not_replaced(read: str, out: str, tmp_path: Path) -> None:
     predictions = tmp_path / read
@@ -66,3 +83,12 @@ def test_a_disk_that_fails_afterwards_is_one_line(tmp_path: Path) -> None:
     for write in (report.write_json, report.write_items):
         with pytest.raises(DataError, match=r"r\.json cannot be written: "):
             write(tmp_path / "file" / "r.json", [json.loads("{}")])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--limit", "0"), ("--limit", "²"), ("--shots", "²"), ("--beams", "x")]
+)
+def test_a_number_that_is_none(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["vqav2", *DATA, flag, value])
+    assert f"{flag}: '{value}' is not a whole number of at least" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_captions(draw: Draw, tmp_path: Path) -> None:
     block = run(tmp_path, "folder-caption", tmp_path / "r.json", "--split", "test", "--no-java")
     assert block["main_metric"] == "cider"
     assert block["controls"]["prior"]["metrics"] is None
-    assert "no train part" in block["controls"]["prior"]["reason"]
+    assert "no part called train or training" in block["controls"]["prior"]["reason"]
 
 
 def test_pictures_are_told_apart_without_spelling_them_out(draw: Draw, tmp_path: Path) -> None:

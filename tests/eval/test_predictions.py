@@ -99,6 +99,7 @@ def with_last(answer: str) -> str:
         ("p.json", with_last("null"), "'question_id' and 'answer' are expected"),
         ("p.json", with_last('"a", "answer": "b"'), "the key 'answer' stands twice"),
         ("p.json", f'{{"{IDS[0]}": "a", "{IDS[0]}": "b"}}', f"the key '{IDS[0]}' stands twice"),
+        ("p.json", json.dumps({"main_metric": "x"}), r"is a report of vlm eval.*give .*p\.answers\.jsonl"),
         ("p.json", json.dumps({"results": 5}), "1 ids are not in vqav2, the first is results"),
         ("p.json", "[" * 100_000, "nested too deeply"),
         ("p.jsonl", "\n".join([json.dumps(ROWS[0]), "[" * 100_000]), "line 2.*nested too deeply"),

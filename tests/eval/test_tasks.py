@@ -116,6 +116,8 @@ def test_official_results_format_comes_back(name: str, folder: str, split: str, 
     answers = [f"{number} {example.answers[0]}" for number, example in enumerate(examples)]
     if name == "nlvr":  # its format has no other words than true and false
         answers = [example.answers[0] for example in examples]
+    if name == "aokvqa-choice":  # said by letter, written down in words
+        answers = ["ABCD"[json.loads(e.meta["options"]).index(e.answers[0])] for e in examples]
     exported = export(task, examples, answers)
     if isinstance(exported, list):
         exported.reverse()
@@ -125,6 +127,8 @@ def test_official_results_format_comes_back(name: str, folder: str, split: str, 
         assert exported == {
             "results": {e.id: json.loads(e.meta["options"]).index(e.answers[0]) for e in examples}
         }
+    elif name == "aokvqa-choice":
+        assert read_predictions(path, task, examples) == [example.answers[0] for example in examples]
     elif name == "nlvr":
         words = {"yes": "true", "no": "false"}
         assert path.read_text(encoding="utf-8").startswith("dev-100-0-0.png,false\n")
@@ -320,8 +324,8 @@ def test_no_prior_where_training_is_evaluated() -> None:
 def test_unknown_task_and_split_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean vqav2"):
         tasks.get("vqa2")
-    with pytest.raises(ConfigError, match="it has train, dev"):
-        tasks.get("vqav2").examples(FIXTURES / "vqav2", "test")
+    with pytest.raises(ConfigError, match=r"no split 'tset'; it has train, dev \(or val\), test-dev, test$"):
+        tasks.get("vqav2").examples(FIXTURES / "vqav2", "tset")
     with pytest.raises(VLMError, match="--data"):
         tasks.get("vqav2").examples(None)
 
@@ -332,6 +336,23 @@ def test_split_names(name: str) -> None:
     assert task.canonical(name) == "dev"
     assert len(task.examples(FIXTURES / "vqav2", name)) == 12
     assert task.canonical("train2014") == task.canonical("Training") == "train"
+
+
+@pytest.mark.parametrize("task", ["vqav2", "pope", "gqa", "folder-vqa", "daquar", "flickr8k", "nocaps"])
+def test_data_that_are_not_there(task: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"absent is missing; --data says where the data of {task} lie"):
+        tasks.get(task).examples(tmp_path / "absent")
+
+
+def test_a_file_where_a_folder_is_needed() -> None:
+    with pytest.raises(DataError, match=r"questions\.json is a file; the folder that it lies in is needed"):
+        tasks.get("vqav2").examples(FIXTURES / "vqav2" / VQA_QUESTIONS)
+
+
+def test_a_table_of_one_part_says_how_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("file_name,question,answer\na.png,what?,cat\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv has one part only, so no test: ask for train, which is"):
+        tasks.get("folder-vqa").examples(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("name", ["val", "val2014", "testdev", "x"])

@@ -83,7 +83,8 @@ def test_captions_are_neither_right_nor_wrong(folder: Path, tmp_path: Path) -> N
 def test_no_report_is_no_card(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]", "utf-8")
     before = (folder / "README.md").read_bytes()
-    for name in ("list.json", "missing.json"):
+    report(tmp_path / "bare.json", "vqav2", "accuracy_strict", metrics=None, reason="not published")
+    for name in ("list.json", "missing.json", "bare.json holds no scores: not published"):
         with pytest.raises(DataError, match=name):
-            write_card(folder, [tmp_path / name])
+            write_card(folder, [tmp_path / name.partition(" ")[0]])
     assert (folder / "README.md").read_bytes() == before
