@@ -6,6 +6,7 @@ vlm train prefer data=PAIRS.jsonl start=runs/mine out=runs/preferred
 vlm train plan flickr8k-larger
 vlm train ladder flickr8k-flamingo data=DIR ladder.pictures=[300,600,1200,2400,4800]
 vlm train selftest
+vlm train consensus ADAPTER CAPTIONED
 vlm train card OUT --reports REPORT.json
 """
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "card": "vlm.train.card",
     "plan": "vlm.train.plan",
     "ladder": "vlm.train.ladder",
+    "consensus": "vlm.train.consensus",
 }
 
 

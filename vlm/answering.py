@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlm.answer import Answer, Usage
 from vlm.beams import beam_search
-from vlm.config import GenerationConfig
+from vlm.config import CAPTION_PROMPT, GenerationConfig
+from vlm.consensus import Expectation
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
 from vlm.generation import DecodeBatch, DecodeRequest, Writer
@@ -40,7 +41,8 @@ def answer_all(model: VLM, conversations: Sequence[Conversation], config: Genera
         requests = []
         for group in part:
             for row, features, members in _rows(model, conversations, group):
-                requests.append(DecodeRequest(row, features, config))
+                expected = _expected(model, conversations[members[0][0]], features, config)
+                requests.append(DecodeRequest(row, features, config, expected=expected))
                 asked += members
         encoded = time.perf_counter()
         if config.num_beams > 1:
@@ -92,6 +94,16 @@ def _rows(
     for members in alike.values():
         row = model.processor.row([tokens for _, tokens in members])
         yield row, seen[row.tokens.images], members
+
+
+def _expected(
+    model: VLM, conversation: Conversation, features: Tensor, config: GenerationConfig
+) -> Expectation | None:
+    """What the caption of one picture will say; None where something else is asked, or nothing known."""
+    asked = [turn.text for turn in conversation.turns]
+    if model.consensus is None or asked != [CAPTION_PROMPT] or len(features) != 1:
+        return None
+    return model.consensus.expect(features) if config.num_beams > 1 and config.consensus else None
 
 
 def shown(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,61 +17,86 @@ from vlm.generation import DecodeRequest, Writer
 if TYPE_CHECKING:
     from vlm.model import VLM
 
+Guide = Callable[[list[int]], float]
 Ended = tuple[float, list[int], list[float]]
+Candidate = tuple[float, int, int, float]
+"""A way to go on: the log-probability of all, the beam, the token and its own log-probability."""
+WIDE = 8
+"""Tokens of each beam that are weighed where beams are guided: the expected one may not be the likeliest."""
 
 
 class _Beams:
     """One prompt's beams: those that go on, and those that have ended.
 
+    Args:
+        guide: adds to the score of some tokens; None leaves it at their log-probability.
+
     Attributes:
         margin: the smallest gap so far between what was kept and what was dropped (`Answer.margin`).
     """
 
-    def __init__(self, size: int, penalty: float) -> None:
-        self.size, self.penalty = size, penalty
+    def __init__(self, size: int, penalty: float, guide: Guide | None = None) -> None:
+        self.size, self.penalty, self.guide = size, penalty, guide
         self.ids: list[list[int]] = [[] for _ in range(size)]
         self.logprobs: list[list[float]] = [[] for _ in range(size)]
         self.ended: list[Ended] = []
         self.done = False
         self.margin = math.inf
 
-    def _score(self, total: float, length: int) -> float:
-        return float(total / length**self.penalty)
+    def _score(self, worth: float, length: int) -> float:
+        return float(worth / length**self.penalty)
 
-    def take(self, candidates: list[tuple[float, int, int, float]], end: int) -> list[tuple[int, int, float]]:
-        """Chooses among (total, beam, token, logprob), best first: (beam, token, total) that go on."""
-        self._measure(candidates, end)
+    def _worth(self, total: float, ids: list[int], length: int) -> float:
+        """What orders beams of one length: their log-probability, and what the guide makes of them."""
+        return total if self.guide is None else total + self.guide(ids) * length**self.penalty
+
+    def take(self, candidates: Sequence[Candidate], end: int) -> list[tuple[int, int, float]]:
+        """Chooses among candidates, the likeliest first: (beam, token, total) that go on."""
+        length = len(self.ids[0]) + 1
+        if self.guide is None:
+            candidates = candidates[: 2 * self.size + 1]
+        found = []
+        for total, beam, token, logprob in candidates:
+            if total > float("-inf"):
+                ids = self.ids[beam] if token == end else [*self.ids[beam], token]
+                found.append((self._worth(total, ids, length), total, beam, token, logprob))
+        found.sort(key=lambda candidate: -candidate[0])
+        self._measure([(worth, token == end) for worth, _, _, token, _ in found])
         going: list[tuple[int, int, float]] = []
-        ids, logprobs = [], []
-        for rank, (total, beam, token, logprob) in enumerate(candidates):
-            if total == float("-inf"):
-                break
+        worths: list[float] = []
+        paths: list[list[int]] = []
+        logprobs = []
+        for rank, (worth, total, beam, token, logprob) in enumerate(found):
             if token == end:
                 if rank < self.size:
                     said, path = self.ids[beam], [*self.logprobs[beam], logprob]
-                    self.ended.append((self._score(total, len(path)), [*said, end], path))
+                    self.ended.append((self._score(worth, len(path)), [*said, end], path))
             elif len(going) < self.size:
                 going.append((beam, token, total))
-                ids.append([*self.ids[beam], token])
+                worths.append(worth)
+                paths.append([*self.ids[beam], token])
                 logprobs.append([*self.logprobs[beam], logprob])
-        self.ids, self.logprobs = ids, logprobs
+        self.ids, self.logprobs = paths, logprobs
         self.ended = sorted(self.ended, key=lambda e: -e[0])[: self.size]
-        best = self._score(going[0][2], len(ids[0])) if going else float("-inf")
+        best = self._score(worths[0], length) if going else float("-inf")
         self.done = not going or (len(self.ended) == self.size and self.ended[-1][0] >= best)
         if going and len(self.ended) == self.size:
             self.margin = min(self.margin, abs(self.ended[-1][0] - best))
         return going
 
-    def _measure(self, candidates: list[tuple[float, int, int, float]], end: int) -> None:
-        """Takes the gaps at this step's two borders into `margin`: who goes on, and which ends count."""
-        likely = [(total, token == end) for total, _, token, _ in candidates if total > float("-inf")]
-        on = [total for total, ends in likely if not ends]
+    def _measure(self, found: Sequence[tuple[float, bool]]) -> None:
+        """Takes the gaps at this step's two borders into `margin`: who goes on, and which ends count.
+
+        Args:
+            found: what each candidate is worth, and whether it ends, the best first.
+        """
+        on = [worth for worth, ends in found if not ends]
         gaps = [on[self.size - 1] - on[self.size]] if len(on) > self.size else []
-        if len(likely) > self.size:
-            (last, _), (first, _) = likely[self.size - 1 : self.size + 1]
+        if len(found) > self.size:
+            (last, _), (first, _) = found[self.size - 1 : self.size + 1]
             gaps += [
-                total - first if rank < self.size else last - total
-                for rank, (total, ends) in enumerate(likely)
+                worth - first if rank < self.size else last - worth
+                for rank, (worth, ends) in enumerate(found)
                 if ends
             ]
         self.margin = min([self.margin, *gaps])
@@ -79,7 +104,7 @@ class _Beams:
     def best(self, totals: list[float]) -> Ended:
         """The best beam, ended or (when the length ran out) not; the second's gap goes into `margin`."""
         cut = [
-            (self._score(total, len(ids)), ids, logprobs)
+            (self._score(self._worth(total, ids, len(ids)), len(ids)), ids, logprobs)
             for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=False)
         ]
         ranked = sorted(self.ended or cut, key=lambda e: -e[0])
@@ -90,7 +115,10 @@ class _Beams:
 
 @torch.inference_mode()
 def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
-    """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty."""
+    """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty.
+
+    To the score of a caption comes by how much it is expected to agree with what people say of the picture.
+    """
     count, size, end = len(requests), config.num_beams, model.language.frame.end
     features = torch.cat([request.features for request in requests])
     state, logits = DecoderState.prefill(model, [request.row for request in requests], features)
@@ -100,7 +128,8 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
         max(1, min(config.max_new_tokens, model.language.max_positions - read))
         for read in state.positions[:, 0].tolist()
     ]
-    beams = [_Beams(size, config.length_penalty) for _ in range(count)]
+    guides = [_guide(model, request, config.consensus) for request in requests]
+    beams = [_Beams(size, config.length_penalty, guide) for guide in guides]
     totals = logits.new_zeros(count, 1)  # one beam a prompt at first; after a token as many as were asked for
     active = list(range(count))
     left: dict[int, list[float]] = {}
@@ -128,6 +157,11 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     return writers
 
 
+def _guide(model: VLM, request: DecodeRequest, weight: float) -> Guide | None:
+    expected = request.expected
+    return None if expected is None else lambda ids: weight * expected(model.language.decode(ids))
+
+
 def _extend(
     logits: Tensor, totals: Tensor, beams: list[_Beams], banned: Tensor, end: int
 ) -> tuple[list[list[int]], Tensor, Tensor]:
@@ -139,14 +173,15 @@ def _extend(
         banned: ids that are never said.
     """
     size, vocabulary = beams[0].size, logits.shape[-1]
+    guided = any(beam.guide for beam in beams)
     normalisers = finite(logits.logsumexp(dim=-1))
     logits[..., banned] = float("-inf")
     # Half of the candidates stand by for ended beams; one more shows by how much the first dropped is behind.
-    count = min(2 * size + 1, vocabulary)
+    count = min(max(WIDE, 2 * size + 1) if guided else 2 * size + 1, vocabulary)
     likely, ids = logits.topk(count, dim=-1)
     likely = likely - normalisers[..., None]
     summed = (totals[..., None] + likely).flatten(1)
-    best, where = summed.topk(min(2 * size + 1, summed.shape[-1]), dim=-1)
+    best, where = summed.topk(summed.shape[-1] if guided else min(2 * size + 1, summed.shape[-1]), dim=-1)
     columns = (best, where // count, ids.flatten(1).gather(1, where), likely.flatten(1).gather(1, where))
     candidates = zip(*(column.tolist() for column in columns), strict=True)
     parents, tokens = [[0] * size for _ in beams], where.new_full((len(beams), size), end)

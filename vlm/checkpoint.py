@@ -23,6 +23,7 @@ from torch import Tensor
 from vlm import __version__
 from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
+from vlm.consensus import PREFIX, Consensus
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
 from vlm.model import VLM, fresh_adapter
@@ -179,7 +180,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The adapter's tensors and the SHA-256 of their file.
+    """The adapter's own tensors and the SHA-256 of their file.
 
     Raises:
         WeightsError: missing or damaged, or a number is none; a pickle is never read.
@@ -193,10 +194,43 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
         tensors = load(content)
     except (OSError, SafetensorError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
         raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
     return tensors, hashlib.sha256(content).hexdigest()
+
+
+def load_consensus(folder: Path, width: int) -> Consensus | None:
+    """What an adapter's captions are guided by, or None where nobody has fitted it.
+
+    Args:
+        width: D_v of its encoder's features.
+
+    Raises:
+        WeightsError: missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "adapter.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(PREFIX)}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    return Consensus.from_tensors(tensors, width) if tensors else None
+
+
+def save_consensus(folder: Path, consensus: Consensus) -> None:
+    """Writes into an adapter's file what its captions are guided by; the rest stays as it is.
+
+    Raises:
+        WeightsError: the file cannot be read or written.
+    """
+    from safetensors.torch import save
+
+    tensors = load_tensors(folder)[0] | consensus.tensors()
+    replace_files(folder, {"adapter.safetensors": save(tensors, metadata={"format": "pt"})})
 
 
 def build_model(
@@ -260,6 +294,8 @@ def load_model(
     _check_frozen(model, values["hashes"], folder, allow_different_frozen)
     load_adapter(model, folder, values["features"]["tokens"] if size else 0)
     model.adapter_name, model.abstain = str(adapter), abstain
+    if not size:  # it was fitted to features at the adapter's own size
+        model.consensus = load_consensus(folder, model.encoder.width)
     return model
 
 

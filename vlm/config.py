@@ -189,6 +189,9 @@ class GenerationConfig:
     """Texts at which the answer ends (they are not part of it)."""
     length_penalty: float = 1.0
     """Beam scores are divided by length to this power."""
+    consensus: float = 2.0
+    """Weight of a caption's expected CIDEr (1 is 100 %) beside its mean log-probability, where beams caption
+    one picture and the adapter knows what captions say (`vlm train consensus`); 0: log-probability alone."""
     batch_size: int = 16
     """Conversations decoded together."""
 
@@ -200,6 +203,7 @@ class GenerationConfig:
             "top_p": 0 < self.top_p <= 1,
             "seed": self.seed is None or -(2**63) <= self.seed < 2**64,
             "length_penalty": math.isfinite(self.length_penalty),
+            "consensus": 0 <= self.consensus < math.inf,
             "batch_size": self.batch_size >= 1,
         }
         for name, fine in checks.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlm.answer import FinishReason, TokenLogprob
 from vlm.config import GenerationConfig
+from vlm.consensus import Expectation
 from vlm.decoder import DecoderState, Prefill, finite
 from vlm.processor import Row
 
@@ -34,12 +35,14 @@ class DecodeRequest:
 
     Attributes:
         latents: (images, L, W) that the adapter makes of the features, where they are known already.
+        expected: what the answer, a caption, is expected to say; beams are guided by it.
     """
 
     row: Row
     features: Tensor
     config: GenerationConfig = field(default_factory=GenerationConfig)
     latents: Tensor | None = None
+    expected: Expectation | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlm.adapters import Adapter, Conditioning, build_adapter
 from vlm.answer import CANNOT_TELL, Answer
 from vlm.config import CAPTION_PROMPT, AbstainConfig, GenerationConfig, ModelConfig, from_dict
+from vlm.consensus import Consensus
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features
@@ -47,6 +48,7 @@ class VLM(nn.Module):
         adapter_name: the id or folder that the adapter was loaded from.
         memory: the pictures that it remembers, or None; see `remember`.
         abstain: below which confidence it cannot tell, or None where that was never fitted.
+        consensus: what captions of a picture will say, or None where that was never fitted.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class VLM(nn.Module):
         self.features = Features(encoder, self.hashes.get("encoder", ""), feature_cache)
         self.memory: Memory | None = None
         self.abstain: AbstainConfig | None = None
+        self.consensus: Consensus | None = None
         self.fused_loss = True
 
     @classmethod

@@ -341,3 +341,45 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def speak_few_words(make_tiny: Callable[..., VLM]) -> Callable[[int], VLM]:
+    """A model of seven words, two of which are never said: all its answers can be written down."""
+
+    from vlm.language import LanguageModel
+
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "a", "b"]
+
+    def make(seed: int) -> VLM:
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        from vlm.model import VLM
+
+        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            unk_token="<unk>",
+            eos_token="<|im_end|>",
+            extra_special_tokens=["<|im_start|>"],
+            chat_template="{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>"
+            "{% endfor %}",
+        )
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+        language = LanguageModel(LlamaForCausalLM(config), tokenizer)
+        body = make_tiny("flamingo", seed=seed)
+        return VLM(body.config, body.encoder, language, body.adapter)
+
+    return make

@@ -1,0 +1,169 @@
+"""What captions will say: its arithmetic, its file, and beams that are guided by it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from vlm.checkpoint import load_consensus, load_tensors, save_adapter, save_consensus
+from vlm.config import CAPTION_PROMPT
+from vlm.consensus import PREFIX, Consensus, Expectation, word_groups
+from vlm.conversation import Conversation
+from vlm.errors import WeightsError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlm.model import VLM
+
+Draw = Callable[..., "Image.Image"]
+
+
+def letters(width: int, seed: int = 0, scale: float = 1.0) -> Consensus:
+    """One that expects a and b, alone and in pairs, more in some pictures than in others."""
+    torch.manual_seed(seed)
+    groups = [("a",), ("b",), ("a", "b"), ("b", "a"), ("a", "a")]
+    made = Consensus(groups, torch.tensor([1.0, 2.0, 1.5, 1.5, 3.0]), width).eval()
+    with torch.no_grad():
+        made.scale.fill_(scale)
+        made.say.weight.mul_(20)
+    return made
+
+
+def test_groups_are_of_one_to_four_words_without_case_and_marks() -> None:
+    assert word_groups("A dog, a DOG!") == {
+        ("a",): 2,
+        ("dog",): 2,
+        ("a", "dog"): 2,
+        ("dog", "a"): 1,
+        ("a", "dog", "a"): 1,
+        ("dog", "a", "dog"): 1,
+        ("a", "dog", "a", "dog"): 1,
+    }
+    assert word_groups("") == {}
+    assert ("dog's",) in word_groups("the dog's ball")
+
+
+def test_expected_cider_is_ten_times_the_mean_of_four_cosines() -> None:
+    made = letters(4)
+    expected = Expectation(made, [0.5, 0.25, 0.125, 0.0, -0.5])
+    # a: 2 x 1.0, b: 1 x 2.0; a b: 1.5, b a: 1.5; "zebra" and what it is part of are not told apart.
+    single = (2 * 0.5 + 2 * 0.25) / math.hypot(2, 2)
+    pair = (1.5 * 0.125 + 1.5 * 0.0) / math.hypot(1.5, 1.5)
+    assert expected("a b a zebra") == pytest.approx(10 * (single + pair) / 4)
+    assert expected("zebra") == expected("") == 0
+    assert expected("a a") < expected("a")
+
+
+def test_a_file_holds_it_beside_the_adapter_in_a_few_bits(
+    make_tiny: Callable[..., VLM], tmp_path: Path
+) -> None:
+    model = make_tiny("flamingo")
+    model.hashes = {"encoder": "e", "language_model": "l"}
+    save_adapter(model, tmp_path)
+    width = model.encoder.width
+    assert load_consensus(tmp_path, width) is None
+    before, digest = load_tensors(tmp_path)
+    made = letters(width, scale=0.7)
+    save_consensus(tmp_path, made)
+    after, other = load_tensors(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert digest != other
+    back = load_consensus(tmp_path, width)
+    assert back is not None
+    assert (back.groups, back.rarity) == (made.groups, made.rarity)
+    assert sum(t.numel() * t.element_size() for t in made.tensors().values()) < 0.7 * sum(
+        t.numel() for t in made.parameters()
+    )
+    features = torch.randn(1, 9, width)
+    ours, theirs = made.expect(features).weights, back.expect(features).weights
+    assert theirs != ours
+    assert sum(a * b for a, b in zip(ours, theirs, strict=True)) > 0.99 * 0.7**2
+    assert math.hypot(*theirs) == pytest.approx(0.7, abs=1e-3)
+    save_consensus(tmp_path, letters(width, seed=1))
+    again = load_consensus(tmp_path, width)
+    assert again is not None
+    assert again.expect(features).weights != theirs
+
+
+@pytest.mark.parametrize("name", ["groups", "rarity", "say.weight", "say.weight.step", "mean"])
+def test_a_damaged_one_is_named(name: str) -> None:
+    tensors = letters(4).tensors()
+    missing = {key: value for key, value in tensors.items() if key != PREFIX + name}
+    with pytest.raises(WeightsError, match="is damaged"):
+        Consensus.from_tensors(missing, 4)
+    with pytest.raises(WeightsError, match="damaged"):
+        Consensus.from_tensors(tensors | {PREFIX + name: torch.zeros(3, 3)}, 4)
+
+
+@pytest.mark.parametrize(("seed", "weight"), [(0, 2.0), (1, 0.5), (2, 5.0)])
+def test_wide_enough_beams_find_the_best_of_likely_and_expected(
+    seed: int, weight: float, speak_few_words: Callable[[int], VLM], draw: Draw
+) -> None:
+    model = speak_few_words(seed)
+    model.consensus = letters(model.encoder.width, seed)
+    ask = Conversation.ask([draw(seed)], CAPTION_PROMPT)
+    expected = model.consensus.expect(model.encode(ask_pictures(ask)))
+    end = model.language.frame.end
+    words = [i for i in range(7) if i not in model.language.added_ids and i != end]
+    said = [list(text) for length in range(3) for text in itertools.product(words, repeat=length)]
+    likely = model.score([ask], [[model.language.decode(text) for text in said]])[0]
+    worth = [
+        total / (len(text) + 1) + weight * expected(model.language.decode(text))
+        for text, total in zip(said, likely, strict=True)
+    ]
+    best = model.language.decode(said[worth.index(max(worth))])
+    found = model.ask_batch([ask], num_beams=90, max_new_tokens=3, consensus=weight)[0]
+    assert found.text == best
+    assert found.logprob == pytest.approx(likely[worth.index(max(worth))], abs=1e-4)
+
+
+def ask_pictures(ask: Conversation) -> list:
+    from vlm.images import open_picture
+
+    return [open_picture(image) for image in ask.images]
+
+
+def test_only_the_captions_of_single_pictures_are_guided(
+    speak_few_words: Callable[[int], VLM], draw: Draw
+) -> None:
+    model = speak_few_words(0)
+    asks = [
+        Conversation.ask([draw(1)], CAPTION_PROMPT),
+        Conversation.ask([draw(1)], "a b"),
+        Conversation.ask([draw(1), draw(2)], CAPTION_PROMPT),
+        Conversation.ask([], CAPTION_PROMPT),
+    ]
+    options = {"num_beams": 3, "max_new_tokens": 6}
+    plain = [answer.text for answer in model.ask_batch(asks, **options)]
+    model.consensus = letters(model.encoder.width, scale=30.0)
+    guided = model.ask_batch(asks, **options)
+    assert [answer.text == text for answer, text in zip(guided, plain, strict=True)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert [answer.text for answer in model.ask_batch(asks, consensus=0.0, **options)] == plain
+    greedy = model.ask_batch(asks[:1], max_new_tokens=6)[0]
+    model.consensus = None
+    assert model.ask_batch(asks[:1], max_new_tokens=6)[0].text == greedy.text
+
+
+def test_guided_captions_together_equal_those_alone(make_tiny: Callable[..., VLM], draw: Draw) -> None:
+    model = make_tiny("flamingo")
+    model.consensus = letters(model.encoder.width, scale=5.0)
+    asks = [Conversation.ask([draw(i)], CAPTION_PROMPT if i % 3 else "what?") for i in range(7)]
+    options = {"num_beams": 3, "max_new_tokens": 8}
+    together = model.ask_batch(asks, batch_size=4, **options)
+    alone = [model.ask_batch([ask], **options)[0] for ask in asks]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.margin == pytest.approx(other.margin, abs=1e-3)
