@@ -2,9 +2,11 @@
 
     vlm train consensus ADAPTER SRC        a minute or two; SRC is anything that holds captions
 
-The frozen features of every picture are looked up or computed, and the network of `vlm.consensus` learns to
-point where the captions' mean tf-idf vector points. A tenth of the pictures is set aside first: if their
-captions are not foretold better than by one guess for all, nothing is written.
+The frozen features of every picture are looked up or computed. Kernel ridge regression of the captions' mean
+tf-idf vectors on them is the teacher: of few pictures it learns most, but it would have to keep them all. The
+small network of `vlm.consensus` learns to say what the teacher says of mixtures of pictures, of which there
+are many. A tenth of the pictures is set aside first: if their captions are not foretold better than by one
+guess for all, nothing is written.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from vlm.train.screen import Screen
 from vlm.weights_cache import cache_root
 
 VIEWS = ("whole", "flip")
-STEPS, BATCH, RATE, DECAY, DROPOUT = 3000, 128, 2e-3, 0.02, 0.3
-MIXED = 3
-"""Pictures whose features and captions are mixed into one example: of few pictures come many mixtures."""
+STEPS, BATCH, RATE, DECAY = 3000, 128, 2e-3, 0.02
+MIXED, EVENNESS = 3, 0.7
+"""Pictures that an example mixes, and the parameter of the Dirichlet distribution of their shares."""
+SHARPNESS, RIDGE, TAUGHT, DIRECTIONS = 4.0, 0.3, 6000, 256
+"""Of the teacher: exp(SHARPNESS (cosine - 1)) is its kernel; pictures that it keeps; rank of what it says."""
 GROUPS = 4400
 """Word groups that are told apart: those that weigh most in the captions."""
 LEAST = 5
@@ -111,58 +115,69 @@ def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets]:
     made = Consensus(kept, torch.tensor([targets.rarity(group) for group in kept]), data.pooled.shape[2])
     made.mean.copy_(data.pooled[:, 0].mean(dim=0))
     made.spread.copy_(data.pooled[:, 0].std(dim=0) + 1e-6)
-    _train(made, data.pooled, [_placed(vector, made) for vector in vectors])
+    _train(made, data.pooled, _dense(vectors, made))
     return made, targets
 
 
-def _placed(vector: Vector, consensus: Consensus) -> dict[int, float]:
-    """A vector, brought to length one, by the places of the consensus' groups and without the others."""
-    length = math.sqrt(sum(weight * weight for weight in vector.values())) or 1.0
-    places = consensus.groups
-    return {places[group]: weight / length for group, weight in vector.items() if group in places}
+class Teacher:
+    """Kernel ridge regression of captions' vectors on features.
+
+    Args:
+        consensus: says how features are centred and scaled.
+        pooled: (M, V, D_v) mean features of pictures.
+        targets: (M, G) their captions' vectors.
+    """
+
+    def __init__(self, consensus: Consensus, pooled: Tensor, targets: Tensor) -> None:
+        some = torch.randperm(len(pooled))[:TAUGHT]
+        self.consensus, self.mean = consensus, targets.mean(dim=0, dtype=torch.float32)
+        self.seen = self._unit(pooled[some].mean(dim=1))
+        kernel = self._kernel(self.seen) + RIDGE * torch.eye(len(some))
+        said = torch.linalg.solve(kernel, targets[some].float() - self.mean)
+        left, middle, right = torch.svd_lowrank(said, min(DIRECTIONS, *said.shape))
+        self.inner, self.outer = left * middle, right.T
+
+    def _unit(self, pooled: Tensor) -> Tensor:
+        return F.normalize((pooled - self.consensus.mean) / self.consensus.spread, dim=1)
+
+    def _kernel(self, unit: Tensor) -> Tensor:
+        return (SHARPNESS * (unit @ self.seen.T - 1)).exp()
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """(B, D_v) mean features -> (B, G) the expected vectors."""
+        return self._kernel(self._unit(pooled)) @ self.inner @ self.outer + self.mean
 
 
-def _dense(placed: Sequence[dict[int, float]], groups: int) -> Tensor:
-    target = torch.zeros(len(placed), groups)
-    for row, weights in enumerate(placed):
-        target[row, list(weights)] = torch.tensor(list(weights.values()))
+def _dense(vectors: Sequence[Vector], consensus: Consensus) -> Tensor:
+    """(M, G) float16: vectors by the consensus' groups, without the others."""
+    target = torch.zeros(len(vectors), len(consensus.groups), dtype=torch.float16)
+    for row, vector in enumerate(vectors):
+        held = {consensus.groups[g]: weight for g, weight in vector.items() if g in consensus.groups}
+        target[row, list(held)] = torch.tensor(list(held.values()), dtype=torch.float16)
     return target
 
 
-def _train(made: Consensus, pooled: Tensor, placed: Sequence[dict[int, float]]) -> None:
-    """Turns its vectors towards the captions': the loss is one minus the mean cosine."""
+def _train(made: Consensus, pooled: Tensor, targets: Tensor) -> None:
+    """Turns its vectors towards the teacher's: the loss is one minus the mean cosine."""
+    teacher = Teacher(made, pooled, targets)
     with torch.no_grad():
-        made.say.bias.copy_(_guess(placed, len(made.groups)) / 2)
+        made.say.bias.copy_(teacher.mean)
         made.say.weight.mul_(0.2)
-    made.dropout = DROPOUT
-    made.train()
-    steps = min(STEPS, len(placed) // 2)
+    steps = min(STEPS, len(targets) // 2)
     optimizer = torch.optim.AdamW(made.parameters(), RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
-    mixtures = torch.distributions.Dirichlet(torch.ones(MIXED))
+    mixtures = torch.distributions.Dirichlet(torch.full((MIXED,), EVENNESS))
     for _ in range(steps):
-        shares = mixtures.sample((BATCH,)).T[..., None]  # type: ignore[no-untyped-call]
-        seen, target = torch.zeros(()), torch.zeros(())
-        for share in shares:
-            places = torch.randint(len(placed), (BATCH,))
-            views = torch.randint(pooled.shape[1], (BATCH,))
-            seen = seen + share * pooled[places, views]
-            target = target + share * _dense([placed[i] for i in places.tolist()], len(made.groups))
-        said = made(seen)
-        loss = 1 - ((said * target).sum(dim=1) / said.norm(dim=1).clamp(min=1e-3)).mean()
+        shares = mixtures.sample((BATCH,))  # type: ignore[no-untyped-call]
+        places = torch.randint(len(pooled), (BATCH, MIXED))
+        views = torch.randint(pooled.shape[1], (BATCH, MIXED))
+        seen = (shares[..., None] * pooled[places, views]).sum(dim=1)
+        loss = 1 - F.cosine_similarity(made(seen), teacher(seen)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     made.eval()
-
-
-def _guess(placed: Sequence[dict[int, float]], groups: int) -> Tensor:
-    """(G,) of length one: the best single guess for all pictures."""
-    total = torch.zeros(groups)
-    for part in range(0, len(placed), BATCH):
-        total += _dense(placed[part : part + BATCH], groups).sum(dim=0)
-    return F.normalize(total, dim=0)
 
 
 @dataclass(frozen=True)
@@ -192,19 +207,23 @@ def learn(data: Captioned, seed: int = 0) -> Learnt:
     held, taught = data.part(order[::10]), data.part([i for k, i in enumerate(order) if k % 10])
     first, targets = fit(taught, seed)
     vectors = [targets.vector(texts) for texts in held.captions]
-    true = _dense([_placed(vector, first) for vector in vectors], len(first.groups))
-    guess = _guess([_placed(targets.vector(texts), first) for texts in taught.captions], len(first.groups))
-    with torch.inference_mode():
-        cosines = (F.normalize(first(held.pooled[:, 0]), dim=1) * true).sum(dim=1)
     lengths = torch.tensor([math.sqrt(sum(w * w for w in vector.values())) for vector in vectors])
-    cosine, single = float(cosines.mean()), float((true @ guess).mean())
+    true = _dense(vectors, first).float()
+    guess = _dense([targets.vector(texts) for texts in taught.captions], first).mean(
+        dim=0, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        products = (F.normalize(first(held.pooled[:, 0]), dim=1) * true).sum(dim=1)
+    cosine, single = (
+        float((product / lengths).mean()) for product in (products, true @ F.normalize(guess, dim=0))
+    )
     if cosine <= single:
         raise DataError(
             f"captions of pictures set aside are foretold no better ({cosine:.3f}) than by one guess for all "
             f"({single:.3f}): nothing is written"
         )
     whole, _ = fit(data, seed)
-    whole.scale.copy_((cosines * lengths).mean())
+    whole.scale.copy_(products.mean())
     return Learnt(whole, cosine, single)
 
 
@@ -243,9 +262,7 @@ def main(argv: list[str]) -> int:
     features = adapter_features(str(args.adapter), offline=args.offline, device=args.device, cache=cache)
     with Screen() as screen:
         data = captioned(args.source, features, args.split, screen.progress)
-        screen.say(
-            f"{len(data.captions)} captioned pictures; two fits, of about half a minute for 6,000 each"
-        )
+        screen.say(f"{len(data.captions)} captioned pictures; two fits, of about two minutes for 6,000 each")
         learnt = learn(data)
     save_consensus(args.adapter, learnt.consensus)
     print(

@@ -53,7 +53,6 @@ class Consensus(nn.Module):
     Attributes:
         mean, spread: (D_v,) of the features that it was fitted to.
         scale: length of the expected vectors, which the groups' directions do not say.
-        dropout: of features and of the hidden layer, in training.
     """
 
     mean: Tensor
@@ -72,13 +71,10 @@ class Consensus(nn.Module):
         self.widen = nn.Linear(HIDDEN, INNER)
         self.turn = nn.Linear(INNER, RANK)
         self.say = nn.Linear(RANK, len(groups))
-        self.dropout = 0.0
 
     def forward(self, pooled: Tensor) -> Tensor:
-        seen = F.dropout((pooled - self.mean) / self.spread, 0.75 * self.dropout, self.training)
-        narrow = F.dropout(self.norm(self.narrow(seen)), 0.5 * self.dropout, self.training)
-        inner = F.dropout(F.gelu(self.widen(narrow)), self.dropout, self.training)
-        said: Tensor = self.say(self.turn(inner))
+        seen = (pooled - self.mean) / self.spread
+        said: Tensor = self.say(self.turn(F.gelu(self.widen(self.norm(self.narrow(seen))))))
         return said
 
     @torch.inference_mode()
