@@ -48,6 +48,7 @@ bench: $(VENV)/.all $(VENV)/.weights
 model: $(VENV)/.weights
 	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/flamingo
 	$(BIN)/vlm train flickr8k-cider data=$(DATA) start=runs/flamingo out=runs/default
+	$(BIN)/vlm train consensus runs/default $(DATA)
 	$(BIN)/vlm train daquar data=$(ROOMS) start=runs/default out=runs/daquar
 
 clean:
