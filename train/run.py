@@ -212,6 +212,7 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
     start = start or config.start
     if start:
         model = load_model(start, offline=offline, size=config.size)
+        model.consensus = None  # not carried over, so that captions are compared without it before and after
     else:
         model = build_model(config.model, offline=offline)
         mup.initialise(model.adapter, mup.scales(model, config.optim.mup_base))

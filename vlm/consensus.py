@@ -121,7 +121,7 @@ class Consensus(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as problem:
             reason = " ".join(str(problem).split())
             raise WeightsError(f"`{PREFIX}*` of adapter.safetensors is damaged: {reason}") from problem
-        return made.eval()
+        return made.eval().requires_grad_(False)
 
 
 def _packed(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from PIL import Image
 from vlm.answer import Answer, Usage
 from vlm.conversation import Conversation
 from vlm.errors import DataError
+from vlm.eval import runner
+from vlm.eval.predictions import Prediction
 
 
 class Parrot:
@@ -54,6 +56,16 @@ class Parrot:
         self, conversations: Sequence[Conversation], candidates: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         return [[-float(len(text)) for text in row] for row in candidates]
+
+
+def work(count: int = 10, **header: Any) -> runner.Work:
+    names = [f"item{number}" for number in range(count)]
+    conversations = [Conversation.ask([Path(f"{n}.jpg")], "what is it " * (len(n) % 3)) for n in names]
+    return runner.Work(names, conversations, {"batch_size": 2}, header)
+
+
+def run(model: Any, todo: runner.Work, path: Path) -> list[Prediction]:
+    return runner.answer_all(model, todo, path, "test", lambda text: None)
 
 
 def main(out: str, die_after: int, batch: int, *extra: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parrot import Parrot
+from parrot import Parrot, run, work
 from PIL import Image
 
 from vlm.conversation import Conversation
@@ -20,20 +20,10 @@ from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import controls, prompts, runner, session, tasks
 from vlm.eval.main import _parser
-from vlm.eval.predictions import AnswerFile, Prediction
+from vlm.eval.predictions import AnswerFile
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-
-
-def work(count: int = 10, **header: Any) -> runner.Work:
-    names = [f"item{number}" for number in range(count)]
-    conversations = [Conversation.ask([Path(f"{n}.jpg")], "what is it " * (len(n) % 3)) for n in names]
-    return runner.Work(names, conversations, {"batch_size": 2}, header)
-
-
-def run(model: Any, todo: runner.Work, path: Path) -> list[Prediction]:
-    return runner.answer_all(model, todo, path, "test", lambda text: None)
 
 
 def test_answers_come_in_the_items_order(tmp_path: Path) -> None:
@@ -55,39 +45,6 @@ def test_continues_without_asking_again(tmp_path: Path) -> None:
     idle = Parrot()
     assert run(idle, todo, path) == whole
     assert idle.asked == []
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.55, 0.9])
-def test_a_full_disk_keeps_the_answers_that_are_there(share: float, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk's end: in the header, in a line, between two."""
-    import resource
-
-    path, todo = tmp_path / "a.jsonl", work(11, task="x")
-    whole = run(Parrot(), todo, tmp_path / "whole.jsonl")
-    size = (tmp_path / "whole.jsonl").stat().st_size
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
-        with pytest.raises(
-            DataError, match=r"a\.jsonl cannot be written: File too large; .*are kept: make room"
-        ):
-            run(Parrot(), todo, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    kept = max(path.read_text(encoding="utf-8").count("\n") - 1, 0)
-    assert path.stat().st_size == int(share * size) and (kept > 0) == (share > 0.1)
-    again = Parrot()
-    assert run(again, todo, path) == whole
-    assert len(again.asked) == 11 - kept
-
-
-def test_a_file_of_answers_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"run": {}}\n\xff\xfe\n')
-    with pytest.raises(DataError, match=r"a\.jsonl is not UTF-8 text \(byte 12\); --restart drops it"):
-        run(Parrot(), work(), tmp_path / "a.jsonl")
-    (tmp_path / "b.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"b\.jsonl cannot be written: Is a directory"):
-        run(Parrot(), work(), tmp_path / "b.jsonl")
 
 
 def test_another_number_of_processes_continues(tmp_path: Path) -> None:

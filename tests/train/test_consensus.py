@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.checkpoint import build_model, load_consensus, save_adapter
+from vlm.checkpoint import build_model, load_consensus, load_model, save_adapter
 from vlm.errors import DataError
 from vlm.images import open_picture
 from vlm.train import main
 from vlm.train.consensus import Captioned, Targets, learn
+from vlm.train.run import make_model
 
 if TYPE_CHECKING:
     from vlm.train.config import TrainConfig
@@ -83,6 +85,9 @@ def test_one_command_writes_it_into_an_adapter(
     assert "one guess for all" in capsys.readouterr().out
     found = load_consensus(folder, model.encoder.width)
     assert found is not None
+    further = make_model(replace(recipe(), start=str(folder)), offline=True)
+    assert further.consensus is None
+    assert load_model(folder, offline=True).consensus is not None
     seen = model.encode([open_picture(coloured / "2.png")])
     assert found.expect(seen)("a blue square") > found.expect(seen)("a red square")
 
