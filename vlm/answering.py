@@ -17,9 +17,10 @@ from torch import Tensor
 from vlm.answer import Answer, Usage
 from vlm.beams import beam_search
 from vlm.config import CAPTION_PROMPT, GenerationConfig
-from vlm.consensus import Expectation
+from vlm.consensus import SURE, Expectation
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
+from vlm.features import Seen
 from vlm.generation import DecodeBatch, DecodeRequest, Writer
 from vlm.images import open_picture
 from vlm.processor import Row, Tokens
@@ -40,9 +41,9 @@ def answer_all(model: VLM, conversations: Sequence[Conversation], config: Genera
         asked: list[tuple[int, Tokens]] = []
         requests = []
         for group in part:
-            for row, features, members in _rows(model, conversations, group):
-                expected = _expected(model, conversations[members[0][0]], features, config)
-                requests.append(DecodeRequest(row, features, config, expected=expected))
+            for row, seen, members in _rows(model, conversations, group):
+                expected = _expected(model, conversations[members[0][0]], seen, config)
+                requests.append(DecodeRequest(row, seen.features, config, expected=expected))
                 asked += members
         encoded = time.perf_counter()
         if config.num_beams > 1:
@@ -82,9 +83,11 @@ def _picture_keys(images: Sequence[ImageSource]) -> tuple[Any, ...]:
 
 def _rows(
     model: VLM, conversations: Sequence[Conversation], group: Sequence[int]
-) -> Iterator[tuple[Row, Tensor, list[tuple[int, Tokens]]]]:
-    """Conversations about the same pictures as rows, each with its images' features and its conversations."""
-    seen, hints = model.see([open_picture(image) for image in conversations[group[0]].images])
+) -> Iterator[tuple[Row, Seen, list[tuple[int, Tokens]]]]:
+    """Conversations about the same pictures as rows, each with what is seen there and its conversations."""
+    pictures = [open_picture(image) for image in conversations[group[0]].images]
+    seen = model.look(pictures)
+    features, hints = seen.features.to(model.device), model.told(seen, pictures)
     alike: dict[tuple[Any, ...], list[tuple[int, Tokens]]] = {}
     for i in group:
         tokens = model.processor.tokens(conversations[i], hints=hints)
@@ -93,17 +96,20 @@ def _rows(
         alike.setdefault(shape, []).append((i, tokens))
     for members in alike.values():
         row = model.processor.row([tokens for _, tokens in members])
-        yield row, seen[row.tokens.images], members
+        places = row.tokens.images
+        yield row, Seen(features[places], seen.scores[places]), members
 
 
 def _expected(
-    model: VLM, conversation: Conversation, features: Tensor, config: GenerationConfig
+    model: VLM, conversation: Conversation, seen: Seen, config: GenerationConfig
 ) -> Expectation | None:
     """What the caption of one picture will say; None where something else is asked, or nothing known."""
     asked = [turn.text for turn in conversation.turns]
-    if model.consensus is None or asked != [CAPTION_PROMPT] or len(features) != 1:
+    if model.consensus is None or asked != [CAPTION_PROMPT] or len(seen.features) != 1:
         return None
-    return model.consensus.expect(features) if config.num_beams > 1 and config.consensus else None
+    if config.num_beams == 1 or not config.consensus or (seen.scores >= SURE).any():
+        return None
+    return model.consensus.expect(seen.features)
 
 
 def shown(

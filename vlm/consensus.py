@@ -24,6 +24,9 @@ from vlm.errors import WeightsError
 ORDER = 4
 PREFIX = "consensus."
 """Begins the names of its tensors in `adapter.safetensors`."""
+SURE = 0.7
+"""Where the encoder's classifier gives one label this probability, its word counts and no other is expected:
+what people usually say would make a cat a dog, where cats were hardly ever captioned."""
 HIDDEN, INNER, RANK = 256, 512, 128
 BLOCK = 64
 """Numbers of a matrix that share a step on disk."""

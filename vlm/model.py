@@ -22,7 +22,7 @@ from vlm.config import CAPTION_PROMPT, AbstainConfig, GenerationConfig, ModelCon
 from vlm.consensus import Consensus
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
-from vlm.features import FeatureCache, Features
+from vlm.features import FeatureCache, Features, Seen
 from vlm.hints import likely_labels, told_text
 from vlm.images import Picture
 from vlm.language import LanguageModel
@@ -196,16 +196,23 @@ class VLM(nn.Module):
 
     def see(self, pictures: Sequence[Picture], view: str = "whole") -> tuple[Tensor, list[str]]:
         """(I, N, D_v) float32 features, and what is told of each picture (nothing where hints are off)."""
-        seen = self.features.see(pictures, view, scored=self.config.hints.count > 0)
+        seen = self.look(pictures, view)
+        return seen.features.to(self.device), self.told(seen, pictures)
+
+    def look(self, pictures: Sequence[Picture], view: str = "whole") -> Seen:
+        """What the encoder makes of pictures; its labels are not asked for where hints are off."""
+        return self.features.see(pictures, view, scored=self.config.hints.count > 0)
+
+    def told(self, seen: Seen, pictures: Sequence[Picture]) -> list[str]:
+        """What is told of each picture."""
         labels = likely_labels(seen.scores, self.encoder.labels, self.config.hints)
         recalled: list[list[tuple[str, float]]] = [[] for _ in pictures]
         if self.memory is not None:
             recalled = self.memory.recall(seen.features, [picture.sha256 for picture in pictures])
-        told = [
+        return [
             told_text([name for name, _ in names], [caption for caption, _ in captions])
             for names, captions in zip(labels, recalled, strict=True)
         ]
-        return seen.features.to(self.device), told
 
     def remember(self, folder: Path, *, itself: bool = True) -> None:
         """From now on every picture is told of with captions of the remembered pictures most like it.

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from vlm.answering import _expected
 from vlm.checkpoint import load_consensus, load_tensors, save_adapter, save_consensus
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.consensus import PREFIX, Consensus, Expectation, word_groups
 from vlm.conversation import Conversation
 from vlm.errors import WeightsError
+from vlm.features import Seen
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -167,3 +169,14 @@ def test_guided_captions_together_equal_those_alone(make_tiny: Callable[..., VLM
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     for one, other in zip(together, alone, strict=True):
         assert one.margin == pytest.approx(other.margin, abs=1e-3)
+
+
+@pytest.mark.parametrize(("chance", "guided"), [(0.0, True), (0.69, True), (0.71, False)])
+def test_it_is_silent_where_the_classifier_is_sure(
+    chance: float, guided: bool, make_tiny: Callable[..., VLM], draw: Draw
+) -> None:
+    model = make_tiny("flamingo")
+    model.consensus = letters(model.encoder.width)
+    ask = Conversation.ask([draw(1)], CAPTION_PROMPT)
+    seen = Seen(model.encode(ask_pictures(ask)), torch.tensor([[0.1, chance]]))
+    assert (_expected(model, ask, seen, GenerationConfig(num_beams=3)) is not None) == guided
