@@ -168,7 +168,7 @@ def _train(made: Consensus, pooled: Tensor, targets: Tensor) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
     mixtures = torch.distributions.Dirichlet(torch.full((MIXED,), EVENNESS))
     for _ in range(steps):
-        shares = mixtures.sample((BATCH,))  # type: ignore[no-untyped-call]
+        shares = mixtures.sample((BATCH,))
         places = torch.randint(len(pooled), (BATCH, MIXED))
         views = torch.randint(pooled.shape[1], (BATCH, MIXED))
         seen = (shares[..., None] * pooled[places, views]).sum(dim=1)
