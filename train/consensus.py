@@ -1,6 +1,6 @@
 """`vlm train consensus`: an adapter learns what captions of a picture will say, which guides its own.
 
-    vlm train consensus ADAPTER SRC        a minute or two; SRC is anything that holds captions
+    vlm train consensus ADAPTER SRC        minutes; SRC is anything that holds captions
 
 The frozen features of every picture are looked up or computed. Kernel ridge regression of the captions' mean
 tf-idf vectors on them is the teacher: of few pictures it learns most, but it would have to keep them all. The
@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.checkpoint import save_consensus
-from vlm.consensus import ORDER, Consensus, Gram, word_groups
+from vlm.consensus import Consensus, word_groups
 from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_picture
 from vlm.errors import DataError, WeightsError
 from vlm.features import Features
+from vlm.grams import Gram, unit
 from vlm.images import open_picture
 from vlm.options import add_common, apply_common, make_parser
 from vlm.train.screen import Screen
@@ -85,18 +86,13 @@ class Targets:
         """The mean of the captions' vectors, each of whose four parts (by group size) has length one."""
         mean: Vector = defaultdict(float)
         for text in captions:
-            weights = {group: count * self.rarity(group) for group, count in word_groups(text).items()}
-            squares = [0.0] * (ORDER + 1)
-            for group, weight in weights.items():
-                squares[len(group)] += weight * weight
-            for group, weight in weights.items():
-                if weight:
-                    mean[group] += weight / math.sqrt(squares[len(group)]) / len(captions)
+            for group, weight in unit(word_groups(text), self.rarity).items():
+                mean[group] += weight / len(captions)
         return mean
 
 
-def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets]:
-    """A consensus of some pictures' captions, and what it was taught.
+def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets, Tensor]:
+    """A consensus of some pictures' captions, their vectors' maker, and (G,) the vectors' mean.
 
     Raises:
         DataError: the captions share too few words.
@@ -115,8 +111,9 @@ def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets]:
     made = Consensus(kept, torch.tensor([targets.rarity(group) for group in kept]), data.pooled.shape[2])
     made.mean.copy_(data.pooled[:, 0].mean(dim=0))
     made.spread.copy_(data.pooled[:, 0].std(dim=0) + 1e-6)
-    _train(made, data.pooled, _dense(vectors, made))
-    return made, targets
+    dense = _dense(vectors, made)
+    _train(made, data.pooled, dense)
+    return made, targets, dense.mean(dim=0, dtype=torch.float32)
 
 
 class Teacher:
@@ -205,13 +202,10 @@ def learn(data: Captioned, seed: int = 0) -> Learnt:
         raise DataError(f"{count} captioned pictures are too few to learn from: {PICTURES} are needed")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     held, taught = data.part(order[::10]), data.part([i for k, i in enumerate(order) if k % 10])
-    first, targets = fit(taught, seed)
+    first, targets, guess = fit(taught, seed)
     vectors = [targets.vector(texts) for texts in held.captions]
     lengths = torch.tensor([math.sqrt(sum(w * w for w in vector.values())) for vector in vectors])
     true = _dense(vectors, first).float()
-    guess = _dense([targets.vector(texts) for texts in taught.captions], first).mean(
-        dim=0, dtype=torch.float32
-    )
     with torch.inference_mode():
         products = (F.normalize(first(held.pooled[:, 0]), dim=1) * true).sum(dim=1)
     cosine, single = (
@@ -222,7 +216,7 @@ def learn(data: Captioned, seed: int = 0) -> Learnt:
             f"captions of pictures set aside are foretold no better ({cosine:.3f}) than by one guess for all "
             f"({single:.3f}): nothing is written"
         )
-    whole, _ = fit(data, seed)
+    whole, *_ = fit(data, seed)
     whole.scale.copy_(products.mean())
     return Learnt(whole, cosine, single)
 

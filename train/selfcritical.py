@@ -20,7 +20,7 @@ from vlm.conversation import Conversation
 from vlm.data.collate import Group
 from vlm.decoder import DecoderState
 from vlm.eval.metrics.ptb import tokenize
-from vlm.eval.metrics.typical import ORDER, Gram, grams
+from vlm.grams import ORDER, Gram, grams
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
 from vlm.train.config import TrainConfig

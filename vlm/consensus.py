@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import WeightsError
+from vlm.grams import ORDER, Gram, grams
 
-ORDER = 4
 PREFIX = "consensus."
 """Begins the names of its tensors in `adapter.safetensors`."""
 SURE = 0.7
@@ -34,15 +34,10 @@ MOST = 1 << 20
 """Bytes that the word groups may take, unpacked."""
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
-Gram = tuple[str, ...]
-
 
 def word_groups(text: str) -> Counter[Gram]:
-    """How often every group of one to four adjacent words stands in a text."""
-    words = _WORD.findall(text.lower())
-    return Counter(
-        tuple(words[at : at + size]) for size in range(1, ORDER + 1) for at in range(len(words) - size + 1)
-    )
+    """How often every group of one to four adjacent words stands in a text, case and marks aside."""
+    return grams(_WORD.findall(text.lower()))
 
 
 class Consensus(nn.Module):

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vlm.eval.metrics.ptb import tokenize
+from vlm.grams import Gram, grams, unit
 
-ORDER = 4
 PICTURES = 6000  # of a larger set as many, chosen by a hash: more change nothing and take minutes
-Gram = tuple[str, ...]
 
 
 def most_typical(captions: Sequence[Sequence[str]]) -> str:
@@ -29,29 +28,17 @@ def most_typical(captions: Sequence[Sequence[str]]) -> str:
     seen = Counter(gram for each in kept for gram in {g for text in each for g in grams(words[text])})
     rarity = {gram: math.log(len(kept) / number) for gram, number in seen.items()}
     total: dict[Gram, float] = dict.fromkeys(seen, 0.0)
+
+    def vector(text: str) -> dict[Gram, float]:
+        return unit(grams(words[text]), rarity.__getitem__)
+
     for each in kept:
         for text in each:
-            for gram, weight in _unit(words[text], rarity).items():
+            for gram, weight in vector(text).items():
                 total[gram] += weight
 
     def nearness(text: str) -> float:
         # Rounded: the last bits of a sum never decide between two captions.
-        return round(sum(w * total[gram] for gram, w in _unit(words[text], rarity).items()), 6)
+        return round(sum(weight * total[gram] for gram, weight in vector(text).items()), 6)
 
     return max(sorted(words), key=nearness)
-
-
-def grams(words: Sequence[str]) -> Counter[Gram]:
-    """How often every group of one to four tokens stands in a caption."""
-    return Counter(
-        tuple(words[at : at + size]) for size in range(1, ORDER + 1) for at in range(len(words) - size + 1)
-    )
-
-
-def _unit(words: Sequence[str], rarity: dict[Gram, float]) -> dict[Gram, float]:
-    """The tf-idf vector with each of its four parts (by group size) of length one, or nought."""
-    weights = {gram: count * rarity[gram] for gram, count in grams(words).items()}
-    squares = [0.0] * (ORDER + 1)
-    for gram, weight in weights.items():
-        squares[len(gram)] += weight * weight
-    return {g: w / math.sqrt(squares[len(g)]) for g, w in weights.items() if squares[len(g)]}
