@@ -59,22 +59,22 @@ class _Beams:
         for total, beam, token, logprob in candidates:
             if total > float("-inf"):
                 ids = self.ids[beam] if token == end else [*self.ids[beam], token]
-                found.append((self._worth(total, ids, length), total, beam, token, logprob))
+                found.append((self._worth(total, ids, length), total, beam, token, logprob, ids))
         found.sort(key=lambda candidate: -candidate[0])
-        self._measure([(worth, token == end) for worth, _, _, token, _ in found])
+        self._measure([(worth, token == end) for worth, _, _, token, _, _ in found])
         going: list[tuple[int, int, float]] = []
         worths: list[float] = []
         paths: list[list[int]] = []
         logprobs = []
-        for rank, (worth, total, beam, token, logprob) in enumerate(found):
+        for rank, (worth, total, beam, token, logprob, ids) in enumerate(found):
             if token == end:
                 if rank < self.size:
-                    said, path = self.ids[beam], [*self.logprobs[beam], logprob]
-                    self.ended.append((self._score(worth, len(path)), [*said, end], path))
+                    path = [*self.logprobs[beam], logprob]
+                    self.ended.append((self._score(worth, length), [*ids, end], path))
             elif len(going) < self.size:
                 going.append((beam, token, total))
                 worths.append(worth)
-                paths.append([*self.ids[beam], token])
+                paths.append(ids)
                 logprobs.append([*self.logprobs[beam], logprob])
         self.ids, self.logprobs = paths, logprobs
         self.ended = sorted(self.ended, key=lambda e: -e[0])[: self.size]
