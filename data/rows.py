@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -361,9 +361,10 @@ def existing(base: Path, name: str) -> Path | None:
         return None
 
 
-def _spellings(name: str) -> list[str]:
+def _spellings(name: str) -> Iterator[str]:
+    yield name  # nearly always enough, and there are as many names as rows
     written = dict.fromkeys((name, name.replace("\\", "/")))
     forms = [form for w in written for form in (w, *(unicodedata.normalize(k, w) for k in ("NFC", "NFD")))]
     endings = [(form, PurePosixPath(form).suffix) for form in forms]
     cased = [form.removesuffix(e) + other for form, e in endings for other in (e.lower(), e.upper())]
-    return list(dict.fromkeys((*forms, *cased)))
+    yield from dict.fromkeys((*forms, *cased))
