@@ -60,7 +60,7 @@ def _direct_answers(entry: Entry) -> list[str]:
             entry = replace(entry, row={name: ast.literal_eval(text)})
         except (ValueError, SyntaxError):
             raise DataError(f"{entry.where}: {name!r} is no list: {text[:80]}") from None
-    return [] if entry.kept(name) else entry.texts(name)
+    return entry.published(name)
 
 
 def read_direct(root: Path | None, split: str, pictures: bool) -> list[Example]:

@@ -82,6 +82,10 @@ class Entry:
             raise DataError(f"{self.where}: {name!r} is empty: {str(dict(self.row))[:80]}")
         return found
 
+    def published(self, name: str) -> list[str]:
+        """A column's texts as `texts` gives them; none where the benchmark keeps them."""
+        return [] if self.kept(name) else self.texts(name)
+
     def kept(self, name: str) -> bool:
         """Whether the benchmark keeps what this column would say: it is absent, null or only empty texts in a
         split whose answers are hidden. Anywhere else a missing column is an error."""

@@ -12,7 +12,6 @@ from vlm.eval.scorers import breakdown, caption_scores
 from vlm.eval.task import Published, Scores
 from vlm.eval.tasks import hub
 from vlm.eval.tasks.layouts import (
-    Entry,
     Pictures,
     caption_example,
     caption_task,
@@ -31,7 +30,10 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
     hidden = split in HIDDEN
     if hub.holds(root):
         found = hub.entries(root, split, pictures, hidden=hidden)
-        return [caption_example(e.image, _captions(e), e.text("image_id"), domain="") for e in found]
+        return [
+            caption_example(e.image, e.published("annotations_captions"), e.text("image_id"), domain="")
+            for e in found
+        ]
     if hidden:
         return image_info(root, pictures, "nocaps_test_image_info.json", ("test", "images", ""))
     path, found = load(root, ["nocaps_val_4500_captions.json", "nocaps_val.json"], "NoCaps file")
@@ -47,10 +49,6 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
         image = find(text_of(row, "file_name", path))
         examples.append(caption_example(image, captions[id], id, domain=str(row.get("domain", ""))))
     return examples
-
-
-def _captions(entry: Entry) -> list[str]:
-    return [] if entry.kept("annotations_captions") else entry.texts("annotations_captions")
 
 
 def score(examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:

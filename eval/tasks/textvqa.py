@@ -31,8 +31,7 @@ def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
 
 def _example(entry: Entry) -> Example:
     id = entry.text("question_id")
-    answers = () if entry.kept("answers") else entry.texts("answers")
-    return make_example(entry.image, entry.text("question"), answers, id)
+    return make_example(entry.image, entry.text("question"), entry.published("answers"), id)
 
 
 def _anls(answer: str, example: Example) -> float:
