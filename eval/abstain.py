@@ -92,7 +92,7 @@ def require_same_adapter(block: dict[str, Any], folder: Path) -> None:
     """Raises:
     DataError: the report is of another adapter than the folder's.
     """
-    from vlm.checkpoint import load_tensors
+    from vlm.adapter_file import load_tensors
 
     _, digest = load_tensors(folder)
     if block["hashes"].get("adapter") != digest:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.adapter_file import replace_files
 from vlm.card import card_head, table
-from vlm.checkpoint import adapter_folder, read_config, replace_files
+from vlm.checkpoint import adapter_folder, read_config
 from vlm.data.readers import told_texts
 from vlm.errors import DataError
 from vlm.options import make_parser
@@ -139,7 +140,7 @@ def _training(facts: dict[str, Any], log: Sequence[dict[str, Any]], dev: dict[st
         ("steps skipped for a loss that was no number", facts.get("skipped", 0)),
         ("started from", Path(recipe["start"]).name or "fresh weights"),
         ("objective", recipe["objective"]),
-        ("precision", recipe["precision"]),
+        ("precision", machine.get("precision", recipe["precision"])),
         (
             "machine",
             f"{machine['system']}, {machine['processes']} process(es) of {machine['threads']} threads"

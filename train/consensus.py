@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.checkpoint import save_consensus
+from vlm.adapter_file import save_consensus
 from vlm.consensus import Consensus, word_groups
 from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_picture
 from vlm.errors import DataError, WeightsError

@@ -6,11 +6,8 @@ an adapter never runs, unnoticed, on weights that it was not trained with.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,9 +18,9 @@ import torch
 from torch import Tensor
 
 from vlm import __version__
+from vlm.adapter_file import load_consensus, load_tensors, replace_files
 from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
-from vlm.consensus import PREFIX, Consensus
 from vlm.errors import ConfigError, WeightsError
 from vlm.language import LanguageModel
 from vlm.model import VLM, fresh_adapter
@@ -154,83 +151,6 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
 
 def _json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files beside their targets, flushes them to disk, then moves them into place.
-
-    Raises:
-        WeightsError: the disk is full or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        try:
-            for name, content in files.items():
-                with open(staging / name, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            for name in files:
-                os.replace(staging / name, folder / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as problem:
-        raise WeightsError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
-
-
-def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The adapter's own tensors and the SHA-256 of their file.
-
-    Raises:
-        WeightsError: missing or damaged, or a number is none; a pickle is never read.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = folder / "adapter.safetensors"
-    try:
-        content = path.read_bytes()
-        tensors = load(content)
-    except (OSError, SafetensorError) as problem:
-        raise WeightsError(f"{path} cannot be read: {problem}") from problem
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
-    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if broken:
-        raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
-    return tensors, hashlib.sha256(content).hexdigest()
-
-
-def load_consensus(folder: Path, width: int) -> Consensus | None:
-    """What an adapter's captions are guided by, or None where nobody has fitted it.
-
-    Args:
-        width: D_v of its encoder's features.
-
-    Raises:
-        WeightsError: missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "adapter.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(PREFIX)}  # noqa: SIM118
-    except (OSError, SafetensorError) as problem:
-        raise WeightsError(f"{path} cannot be read: {problem}") from problem
-    return Consensus.from_tensors(tensors, width) if tensors else None
-
-
-def save_consensus(folder: Path, consensus: Consensus) -> None:
-    """Writes into an adapter's file what its captions are guided by; the rest stays as it is.
-
-    Raises:
-        WeightsError: the file cannot be read or written.
-    """
-    from safetensors.torch import save
-
-    tensors = load_tensors(folder)[0] | consensus.tensors()
-    replace_files(folder, {"adapter.safetensors": save(tensors, metadata={"format": "pt"})})
 
 
 def build_model(

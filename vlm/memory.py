@@ -162,7 +162,7 @@ class Memory:
         """
         from safetensors.torch import save
 
-        from vlm.checkpoint import replace_files
+        from vlm.adapter_file import replace_files
 
         content = save({"vectors": self.vectors().half()}, metadata={"format": "pt"})
         digest = hashlib.sha256(content).hexdigest()

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm import __version__
+from vlm.adapter_file import load_tensors
 from vlm.card import card_head, table
-from vlm.checkpoint import adapter_folder, load_tensors, read_config, write_adapter
+from vlm.checkpoint import adapter_folder, read_config, write_adapter
 from vlm.config import flat
 from vlm.errors import ConfigError, WeightsError
 

@@ -38,7 +38,8 @@ def adapter_files(folder: Path) -> list[Path]:
     Raises:
         WeightsError: the folder holds no adapter, or a damaged one.
     """
-    from vlm.checkpoint import load_tensors, model_config, read_config
+    from vlm.adapter_file import load_tensors
+    from vlm.checkpoint import model_config, read_config
 
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder")

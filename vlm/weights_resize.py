@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm import __version__
+from vlm.adapter_file import load_tensors
 from vlm.adapters.positions import regrid
 from vlm.card import card_head, table
-from vlm.checkpoint import adapter_folder, load_tensors, model_config, read_config, write_adapter
+from vlm.checkpoint import adapter_folder, model_config, read_config, write_adapter
 from vlm.config import to_dict
 from vlm.errors import WeightsError
 

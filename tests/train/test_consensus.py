@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.checkpoint import build_model, load_consensus, load_model, save_adapter
+from vlm.adapter_file import load_consensus
+from vlm.checkpoint import build_model, load_model, save_adapter
 from vlm.errors import DataError
 from vlm.images import open_picture
 from vlm.train import main

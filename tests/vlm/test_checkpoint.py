@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm.checkpoint import ASSETS, adapter_folder, load_adapter, load_model, replace_files, save_adapter
+from vlm.adapter_file import replace_files
+from vlm.checkpoint import ASSETS, adapter_folder, load_adapter, load_model, save_adapter
 from vlm.config import ModelConfig, from_dict, to_dict
 from vlm.errors import ConfigError, WeightsError
 from vlm.model import VLM
@@ -339,7 +340,7 @@ def test_a_failed_save_leaves_the_old_files(saved: tuple[VLM, Path]) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     code = (
         "import resource, signal, sys\nfrom pathlib import Path\n"
-        "from vlm.checkpoint import replace_files\nfrom vlm.errors import WeightsError\n"
+        "from vlm.adapter_file import replace_files\nfrom vlm.errors import WeightsError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "files = {'README.md': b'new', 'config.json': b'{}', 'adapter.safetensors': b'x' * 100_000}\n"
@@ -363,7 +364,7 @@ def test_a_reader_never_finds_half_a_file(saved: tuple[VLM, Path]) -> None:
     """While one process writes again and again, another reads."""
     model, folder = saved
     code = (
-        "import sys\nfrom pathlib import Path\nfrom vlm.checkpoint import replace_files\n"
+        "import sys\nfrom pathlib import Path\nfrom vlm.adapter_file import replace_files\n"
         "content = (Path(sys.argv[1]) / 'adapter.safetensors').read_bytes()\n"
         "for _ in range(60): replace_files(Path(sys.argv[1]), {'adapter.safetensors': content})\n"
     )

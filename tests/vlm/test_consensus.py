@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vlm.answering import _expected
-from vlm.checkpoint import load_consensus, load_tensors, save_adapter, save_consensus
+from vlm.adapter_file import load_consensus, load_tensors, save_consensus
+from vlm.checkpoint import save_adapter
 from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.consensus import PREFIX, Consensus, Expectation, word_groups
 from vlm.conversation import Conversation
