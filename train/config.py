@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm.config import ModelConfig, from_dict
 from vlm.errors import ConfigError
+from vlm.train.precision import PRECISIONS
 
 OBJECTIVES = ("likelihood", "cider", "words", "preference")
 
@@ -195,7 +196,8 @@ class TrainConfig:
     smoothing: float = 0.0
     """Label smoothing."""
     precision: str = "float32"
-    """`float32`, or `bf16`: the frozen matrices and their products in bfloat16, everything else float32."""
+    """`float32`; `bf16`: the frozen matrices and their products in bfloat16, everything else float32; `auto`:
+    `bf16` where the processor multiplies bfloat16, else `float32`."""
     seed: int = 0
     """Of initial weights, order, drawing, dropout."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -222,8 +224,8 @@ class TrainConfig:
     """A sentence for the model card."""
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bf16"):
-            raise ConfigError(f"precision {self.precision!r} is neither float32 nor bf16")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if self.objective == "cider" and self.samples < 2:

@@ -31,6 +31,7 @@ from vlm.train.config import TrainConfig
 from vlm.train.hints import drawn_labels, naming
 from vlm.train.mup import Scale
 from vlm.train.optim import Average, build_optimizer, learning_rate
+from vlm.train.precision import in_bf16
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
 from vlm.train.recipe import identity, other_keys
@@ -96,7 +97,8 @@ class Trainer:
         self.config, self.groups, self.store, self.report = config, groups, store, report
         self.out = Path(config.out)
         self.adapter = model.adapter
-        if config.precision == "bf16":
+        self.bf16 = in_bf16(config.precision, self.accelerator.device)
+        if self.bf16:
             model.language.halve()
         self.loss = fast.prepare(model, config.fast)
         self.sharded = shard(model, config, self.accelerator)  # before it moves: one device may not hold it
@@ -347,8 +349,8 @@ class Trainer:
                 )
 
     def autocast(self) -> Any:
-        """The precision that the recipe asks for."""
-        if self.config.precision == "bf16":
+        """The precision that the run computes in."""
+        if self.bf16:
             return torch.autocast(self.accelerator.device.type, torch.bfloat16)
         return nullcontext()
 

@@ -84,7 +84,8 @@ def make_plan(config: TrainConfig, machine: str = "a100", *, offline: bool = Fal
         WeightsError: a frozen part that nothing is known of.
     """
     model = blueprint(config.model, offline=offline)
-    there, bf16 = MACHINES[machine], config.precision == "bf16"
+    there = MACHINES[machine]
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and there.bf16 > there.float32)
     answers = sum(source.per_image for source in config.sources)
     text = FRAME + ANSWER * answers
     one = _Work(model, text, answers * ANSWER, 1)

@@ -318,6 +318,11 @@ def _facts(trainer: Trainer, plan: Preflight, held: Sequence[Example]) -> dict[s
         "unreadable": len(trainer.store.bad),
         "held_out": len({example.images for example in held}),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine() | {"processes": trainer.processes.count, "sharded": trainer.sharded},
+        "machine": machine()
+        | {
+            "processes": trainer.processes.count,
+            "sharded": trainer.sharded,
+            "precision": "bf16" if trainer.bf16 else "float32",
+        },
         "preflight": plan.facts(),
     }
