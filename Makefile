@@ -49,7 +49,9 @@ model: $(VENV)/.weights
 	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/flamingo
 	$(BIN)/vlm train flickr8k-cider data=$(DATA) start=runs/flamingo out=runs/default
 	$(BIN)/vlm train consensus runs/default $(DATA)
+	$(BIN)/vlm weights shrink runs/default
 	$(BIN)/vlm train daquar data=$(ROOMS) start=runs/default out=runs/daquar
+	$(BIN)/vlm weights shrink runs/daquar
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -108,7 +108,7 @@ def captions_by_picture(source: str | Path, split: str = "train") -> dict[str, t
             image = example.images[0]
             found.setdefault(image_name(image), (image, []))[1].extend(captions)
     if not found:
-        raise DataError(f"the {split} part of {source} holds no captions to remember")
+        raise DataError(f"the {split} part of {source} holds no captions")
     return found
 
 

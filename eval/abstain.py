@@ -92,9 +92,9 @@ def require_same_adapter(block: dict[str, Any], folder: Path) -> None:
     """Raises:
     DataError: the report is of another adapter than the folder's.
     """
-    from vlm.adapter_file import load_tensors
+    from vlm.adapter_file import read_adapter
 
-    _, digest = load_tensors(folder)
+    digest = read_adapter(folder).sha256
     if block["hashes"].get("adapter") != digest:
         raise DataError(f"the report is of another adapter than {folder}: evaluate that one, or name another")
 

@@ -1,19 +1,18 @@
 """`vlm train consensus`: an adapter learns what captions of a picture will say, which guides its own.
 
-    vlm train consensus ADAPTER SRC        minutes; SRC is anything that holds captions
+    vlm train consensus ADAPTER SRC        two minutes; SRC is anything that holds captions
 
-The frozen features of every picture are looked up or computed. Kernel ridge regression of the captions' mean
-tf-idf vectors on them is the teacher: of few pictures it learns most, but it would have to keep them all. The
-small network of `vlm.consensus` learns to say what the teacher says of mixtures of pictures, of which there
-are many. A tenth of the pictures is set aside first: if their captions are not foretold better than by one
-guess for all, nothing is written.
+The frozen features of every picture are looked up or computed, and the captions' mean tf-idf vectors are
+regressed on them (kernel ridge regression; `vlm.consensus` keeps it in a few bits a number). A tenth of
+the pictures is set aside first: if their captions are not foretold better than by one guess for all, nothing
+is written.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.adapter_file import save_consensus
-from vlm.consensus import Consensus, word_groups
+from vlm.consensus import Consensus, likeness, word_groups
 from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_picture
 from vlm.errors import DataError, WeightsError
 from vlm.features import Features
@@ -33,17 +32,15 @@ from vlm.train.screen import Screen
 from vlm.weights_cache import cache_root
 
 VIEWS = ("whole", "flip")
-STEPS, BATCH, RATE, DECAY = 3000, 128, 2e-3, 0.02
-MIXED, EVENNESS = 3, 0.7
-"""Pictures that an example mixes, and the parameter of the Dirichlet distribution of their shares."""
-SHARPNESS, RIDGE, TAUGHT, DIRECTIONS = 4.0, 0.3, 6000, 256
-"""Of the teacher: exp(SHARPNESS (cosine - 1)) is its kernel; pictures that it keeps; rank of what it says."""
-GROUPS = 4400
-"""Word groups that are told apart: those that weigh most in the captions."""
+RIDGE, MOST = 0.3, 6000
+"""Of the regression; pictures that are kept, a random part where there are more."""
+GROUPS, DIRECTIONS, RANK = 18_000, 384, 256
+"""Word groups that are told apart, those that weigh most in the captions; directions in which pictures are
+compared; rank of what is said of them. More is better by little, and an adapter must not grow."""
 LEAST = 5
 """Pictures whose captions must hold a group."""
-PICTURES = 500
-"""Of fewer, nothing is learnt."""
+PICTURES, HELD = 500, 1000
+"""Of fewer pictures nothing is learnt; set aside are a tenth of them, or so many."""
 
 Vector = dict[Gram, float]
 
@@ -100,81 +97,52 @@ def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets, Tensor]:
     targets = Targets(data.captions)
     vectors = [targets.vector(texts) for texts in data.captions]
     energy: Vector = defaultdict(float)
+    total: Vector = defaultdict(float)
     for vector in vectors:
         for group, weight in vector.items():
             if targets.frequency[group] >= LEAST:
                 energy[group] += weight * weight
+                total[group] += weight
     kept = sorted(energy, key=lambda group: -energy[group])[:GROUPS]
     if not kept:
         raise DataError(f"no word stands in the captions of {LEAST} pictures: there is nothing to expect")
     torch.manual_seed(seed)
-    made = Consensus(kept, torch.tensor([targets.rarity(group) for group in kept]), data.pooled.shape[2])
-    made.mean.copy_(data.pooled[:, 0].mean(dim=0))
-    made.spread.copy_(data.pooled[:, 0].std(dim=0) + 1e-6)
-    dense = _dense(vectors, made)
-    _train(made, data.pooled, dense)
-    return made, targets, dense.mean(dim=0, dtype=torch.float32)
+    usual = torch.tensor([total[group] / len(vectors) for group in kept])
+    some = torch.randperm(len(vectors))[:MOST].tolist()
+    said = _dense([vectors[i] for i in some], {group: i for i, group in enumerate(kept)})
+    numbers = _regressed(data.pooled[some].mean(dim=1), said.sub_(usual))
+    rarity = torch.tensor([targets.rarity(group) for group in kept])
+    rest = {"usual": usual, "rarity": rarity, "scale": torch.ones(())}
+    return Consensus.of(kept, numbers | rest), targets, usual
 
 
-class Teacher:
-    """Kernel ridge regression of captions' vectors on features.
+def _regressed(pooled: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Kernel ridge regression, in the directions that matter most.
 
     Args:
-        consensus: says how features are centred and scaled.
-        pooled: (M, V, D_v) mean features of pictures.
-        targets: (M, G) their captions' vectors.
+        pooled: (M, D_v) mean features.
+        targets: (M, G) what is said of each picture beyond what is usual.
     """
-
-    def __init__(self, consensus: Consensus, pooled: Tensor, targets: Tensor) -> None:
-        some = torch.randperm(len(pooled))[:TAUGHT]
-        self.consensus, self.mean = consensus, targets.mean(dim=0, dtype=torch.float32)
-        self.seen = self._unit(pooled[some].mean(dim=1))
-        kernel = self._kernel(self.seen) + RIDGE * torch.eye(len(some))
-        said = torch.linalg.solve(kernel, targets[some].float() - self.mean)
-        left, middle, right = torch.svd_lowrank(said, min(DIRECTIONS, *said.shape))
-        self.inner, self.outer = left * middle, right.T
-
-    def _unit(self, pooled: Tensor) -> Tensor:
-        return F.normalize((pooled - self.consensus.mean) / self.consensus.spread, dim=1)
-
-    def _kernel(self, unit: Tensor) -> Tensor:
-        return (SHARPNESS * (unit @ self.seen.T - 1)).exp()
-
-    def __call__(self, pooled: Tensor) -> Tensor:
-        """(B, D_v) mean features -> (B, G) the expected vectors."""
-        return self._kernel(self._unit(pooled)) @ self.inner @ self.outer + self.mean
+    mean, spread = pooled.mean(dim=0), pooled.std(dim=0)
+    spread = spread.clamp(min=1e-3 * float(spread.mean()) + 1e-9)  # what never changes tells nothing
+    unit = F.normalize((pooled - mean) / spread, dim=1)
+    turn = torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)[:, :DIRECTIONS]
+    seen = unit @ turn
+    lower = torch.linalg.cholesky(likeness(seen, seen) + RIDGE * torch.eye(len(targets)))
+    said = torch.cholesky_solve(targets, lower)
+    # What it says of the taught pictures: the directions in which that differs most are those that are kept.
+    fitted = torch.sub(targets, said, alpha=RIDGE)
+    _, _, say = torch.svd_lowrank(fitted, min(RANK, *fitted.shape))
+    return {"mean": mean, "spread": spread, "turn": turn, "seen": seen, "weigh": said @ say, "say": say.T}
 
 
-def _dense(vectors: Sequence[Vector], consensus: Consensus) -> Tensor:
-    """(M, G) float16: vectors by the consensus' groups, without the others."""
-    target = torch.zeros(len(vectors), len(consensus.groups), dtype=torch.float16)
+def _dense(vectors: Sequence[Vector], groups: Mapping[Gram, int]) -> Tensor:
+    """(M, G) vectors by the groups' places, without others."""
+    target = torch.zeros(len(vectors), len(groups))
     for row, vector in enumerate(vectors):
-        held = {consensus.groups[g]: weight for g, weight in vector.items() if g in consensus.groups}
-        target[row, list(held)] = torch.tensor(list(held.values()), dtype=torch.float16)
+        held = {groups[g]: weight for g, weight in vector.items() if g in groups}
+        target[row, list(held)] = torch.tensor(list(held.values()))
     return target
-
-
-def _train(made: Consensus, pooled: Tensor, targets: Tensor) -> None:
-    """Turns its vectors towards the teacher's: the loss is one minus the mean cosine."""
-    teacher = Teacher(made, pooled, targets)
-    with torch.no_grad():
-        made.say.bias.copy_(teacher.mean)
-        made.say.weight.mul_(0.2)
-    steps = min(STEPS, len(targets) // 2)
-    optimizer = torch.optim.AdamW(made.parameters(), RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
-    mixtures = torch.distributions.Dirichlet(torch.full((MIXED,), EVENNESS))
-    for _ in range(steps):
-        shares = mixtures.sample((BATCH,))
-        places = torch.randint(len(pooled), (BATCH, MIXED))
-        views = torch.randint(pooled.shape[1], (BATCH, MIXED))
-        seen = (shares[..., None] * pooled[places, views]).sum(dim=1)
-        loss = 1 - F.cosine_similarity(made(seen), teacher(seen)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    made.eval()
 
 
 @dataclass(frozen=True)
@@ -201,24 +169,22 @@ def learn(data: Captioned, seed: int = 0) -> Learnt:
     if count < PICTURES:
         raise DataError(f"{count} captioned pictures are too few to learn from: {PICTURES} are needed")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held, taught = data.part(order[::10]), data.part([i for k, i in enumerate(order) if k % 10])
+    held, taught = data.part(order[::10][:HELD]), data.part([i for k, i in enumerate(order) if k % 10])
     first, targets, guess = fit(taught, seed)
     vectors = [targets.vector(texts) for texts in held.captions]
-    lengths = torch.tensor([math.sqrt(sum(w * w for w in vector.values())) for vector in vectors])
-    true = _dense(vectors, first).float()
-    with torch.inference_mode():
-        products = (F.normalize(first(held.pooled[:, 0]), dim=1) * true).sum(dim=1)
+    lengths = torch.tensor([math.sqrt(sum(w * w for w in vector.values())) for vector in vectors]) + 1e-9
+    true = _dense(vectors, first.groups)
+    products = (F.normalize(first(held.pooled[:, 0]), dim=1) * true).sum(dim=1)
     cosine, single = (
         float((product / lengths).mean()) for product in (products, true @ F.normalize(guess, dim=0))
     )
-    if cosine <= single:
+    if not cosine > single:
         raise DataError(
             f"captions of pictures set aside are foretold no better ({cosine:.3f}) than by one guess for all "
             f"({single:.3f}): nothing is written"
         )
     whole, *_ = fit(data, seed)
-    whole.scale.copy_(products.mean())
-    return Learnt(whole, cosine, single)
+    return Learnt(whole.scaled(float(products.mean())), cosine, single)
 
 
 def captioned(source: str | Path, features: Features, split: str, progress: Progress) -> Captioned:
@@ -256,7 +222,9 @@ def main(argv: list[str]) -> int:
     features = adapter_features(str(args.adapter), offline=args.offline, device=args.device, cache=cache)
     with Screen() as screen:
         data = captioned(args.source, features, args.split, screen.progress)
-        screen.say(f"{len(data.captions)} captioned pictures; two fits, of about two minutes for 6,000 each")
+        screen.say(
+            f"{len(data.captions)} captioned pictures; two fits, of about half a minute for 6,000 each"
+        )
         learnt = learn(data)
     save_consensus(args.adapter, learnt.consensus)
     print(

@@ -97,7 +97,9 @@ class Trainer:
         self.config, self.groups, self.store, self.report = config, groups, store, report
         self.out = Path(config.out)
         self.adapter = model.adapter
-        self.bf16 = in_bf16(config.precision, self.accelerator.device)
+        # Processes on unlike machines compute alike.
+        able = self.processes.gather([int(in_bf16(config.precision, self.accelerator.device))])
+        self.bf16 = all(flag for (flag,) in able)
         if self.bf16:
             model.language.halve()
         self.loss = fast.prepare(model, config.fast)
@@ -158,6 +160,9 @@ class Trainer:
             # Sums are split among threads, so their number is part of every result's last bits.
             say(f"the run was started with {threads} threads and goes on with as many")
             torch.set_num_threads(threads)
+        if (narrow := extra.get("bf16", self.bf16)) != self.bf16:
+            was, now = ("bfloat16", "float32") if narrow else ("float32", "bfloat16")
+            say(f"the run was started in {was} and goes on in {now}: precision=... keeps to one")
         self.continue_from(extra)
         say(f"continuing after step {self.step}")
 
@@ -235,6 +240,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "micro": self.micro,
                 "threads": torch.get_num_threads(),
+                "bf16": self.bf16,
                 "data": self.data_hash,
                 "config": identity(self.config),
                 **progress,

@@ -16,6 +16,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; to imitate it takes far longer than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return any(has is True and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
-    return False
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False  # without oneDNN (on a Mac) even processors that could do not
+    # An older torch cannot tell.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has is True and "bf16" in name for name, has in capabilities.items())

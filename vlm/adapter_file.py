@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,65 +20,68 @@ from vlm.planes import joined, split
 HALF = torch.finfo(torch.float16).max
 
 
-def load_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The adapter's own tensors and the SHA-256 of their file.
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter's file holds.
+
+    Attributes:
+        tensors: the adapter's own, by name.
+        guide: those of what guides its captions, by names that begin with `PREFIX`; {} where nothing does.
+        sha256: of the file.
+        size: of the file, in bytes.
+    """
+
+    tensors: dict[str, Tensor]
+    guide: dict[str, Tensor]
+    sha256: str
+    size: int
+
+    def consensus(self, width: int) -> Consensus | None:
+        """What guides its captions, or None where nobody has fitted it.
+
+        Args:
+            width: D_v of the encoder's features.
+
+        Raises:
+            WeightsError: damaged, or of other features.
+        """
+        return Consensus.from_tensors(self.guide, width) if self.guide else None
+
+
+def read_adapter(folder: Path) -> AdapterFile:
+    """Reads an adapter's file.
 
     Raises:
-        WeightsError: missing or damaged, or a number is none; a pickle is never read.
+        WeightsError: missing or damaged, or a number of its own is none; a pickle is never read.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     path = folder / "adapter.safetensors"
-    tensors, digest = _read(path)
     try:
-        tensors = joined({name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)})
+        content = path.read_bytes()
+        stored = load(content)
+    except (OSError, SafetensorError) as problem:
+        raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    guide = {name: tensor for name, tensor in stored.items() if name.startswith(PREFIX)}
+    try:
+        tensors = joined({name: tensor for name, tensor in stored.items() if name not in guide})
     except ValueError as problem:
         raise WeightsError(f"{path} is damaged: {problem}") from problem
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
         raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
-    return tensors, digest
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Everything in a file as it stands there, and the file's SHA-256."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        content = path.read_bytes()
-        return load(content), hashlib.sha256(content).hexdigest()
-    except (OSError, SafetensorError) as problem:
-        raise WeightsError(f"{path} cannot be read: {problem}") from problem
-
-
-def load_consensus(folder: Path, width: int) -> Consensus | None:
-    """What an adapter's captions are guided by, or None where nobody has fitted it.
-
-    Args:
-        width: D_v of its encoder's features.
-
-    Raises:
-        WeightsError: missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "adapter.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(PREFIX)}  # noqa: SIM118
-    except (OSError, SafetensorError) as problem:
-        raise WeightsError(f"{path} cannot be read: {problem}") from problem
-    return Consensus.from_tensors(tensors, width) if tensors else None
+    return AdapterFile(tensors, guide, hashlib.sha256(content).hexdigest(), len(content))
 
 
 def save_consensus(folder: Path, consensus: Consensus) -> None:
-    """Writes into an adapter's file what its captions are guided by; the rest stays as it is.
+    """Writes into an adapter's file what its captions are guided by; its own numbers stay as they are.
 
     Raises:
         WeightsError: the file cannot be read or written.
     """
-    tensors, digest = _read(folder / "adapter.safetensors")
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
-    _rewrite(folder, own | consensus.tensors(), digest)
+    old = read_adapter(folder)
+    _rewrite(folder, old.tensors, consensus.tensors(), old.sha256)
 
 
 def shrink(folder: Path) -> tuple[int, int]:
@@ -89,22 +93,18 @@ def shrink(folder: Path) -> tuple[int, int]:
     Raises:
         WeightsError: the file cannot be read or written, or a number is too large for half precision.
     """
-    path = folder / "adapter.safetensors"
-    own, digest = load_tensors(folder)
-    halves = {name: tensor.half() for name, tensor in own.items()}
+    old = read_adapter(folder)
+    halves = {name: tensor.half() for name, tensor in old.tensors.items()}
     if broken := sorted(name for name, tensor in halves.items() if not tensor.isfinite().all()):
-        raise WeightsError(f"{path} cannot be halved: {broken[0]} has numbers beyond {HALF:.0f}")
-    guide = {name: tensor for name, tensor in _read(path)[0].items() if name.startswith(PREFIX)}
-    before = path.stat().st_size
-    _rewrite(folder, split(halves) | guide, digest)
-    return before, path.stat().st_size
+        raise WeightsError(f"{folder} cannot be halved: {broken[0]} has numbers beyond {HALF:.0f}")
+    return old.size, _rewrite(folder, halves, old.guide, old.sha256)
 
 
-def _rewrite(folder: Path, tensors: Mapping[str, Tensor], digest: str) -> None:
-    """Another content for an adapter's file; its card tells the new SHA-256 where it told the old."""
+def _rewrite(folder: Path, own: Mapping[str, Tensor], guide: Mapping[str, Tensor], digest: str) -> int:
+    """Gives an adapter's file other tensors, and its card the new SHA-256 for the old; returns its size."""
     from safetensors.torch import save
 
-    content = save(dict(tensors), metadata={"format": "pt"})
+    content = save(split(own) | dict(guide), metadata={"format": "pt"})
     files = {"adapter.safetensors": content}
     try:
         card = (folder / "README.md").read_text(encoding="utf-8")
@@ -114,6 +114,7 @@ def _rewrite(folder: Path, tensors: Mapping[str, Tensor], digest: str) -> None:
     except (OSError, UnicodeError) as problem:
         raise WeightsError(f"{folder / 'README.md'} cannot be read: {problem}") from problem
     replace_files(folder, files)
+    return len(content)
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlm import __version__
-from vlm.adapter_file import load_consensus, load_tensors, replace_files
+from vlm.adapter_file import read_adapter, replace_files
 from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
 from vlm.errors import ConfigError, WeightsError
@@ -214,13 +214,11 @@ def load_model(
     _check_frozen(model, values["hashes"], folder, allow_different_frozen)
     load_adapter(model, folder, values["features"]["tokens"] if size else 0)
     model.adapter_name, model.abstain = str(adapter), abstain
-    if not size:  # it was fitted to features at the adapter's own size
-        model.consensus = load_consensus(folder, model.encoder.width)
     return model
 
 
 def load_adapter(model: VLM, folder: Path, tokens: int = 0) -> None:
-    """Loads an adapter's tensors, all of them and no others, into a model built for them.
+    """Loads an adapter's tensors, all of them and no others, into a model built for them, and what guides it.
 
     Args:
         tokens: image tokens that its positions are of, where the model's may be others.
@@ -228,9 +226,8 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0) -> None:
     Raises:
         WeightsError: names or shapes differ, or a number is none.
     """
-    tensors, digest = load_tensors(folder)
-    if tokens:
-        tensors = regrid(tensors, tokens, model.encoder.tokens)
+    file = read_adapter(folder)
+    tensors = regrid(file.tensors, tokens, model.encoder.tokens) if tokens else file.tensors
     try:
         model.adapter.load_state_dict(tensors, strict=True)  # float16 files become float32 on the way
     except RuntimeError as problem:
@@ -238,7 +235,9 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0) -> None:
         raise WeightsError(
             f"{folder / 'adapter.safetensors'} does not fit its config.json: {reason}"
         ) from problem
-    model.hashes["adapter"] = digest
+    model.hashes["adapter"] = file.sha256
+    # It was fitted to features of pictures of the adapter's own size.
+    model.consensus = None if tokens else file.consensus(model.encoder.width)
 
 
 def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> None:

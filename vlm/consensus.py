@@ -1,8 +1,8 @@
 """What captions of a picture will say, guessed from its frozen features: it guides the beams of captions.
 
 CIDEr (Vedantam et al. 2015) measures by how much a caption agrees with what people say of a picture, as a
-cosine of tf-idf vectors of word groups. Which vector people will write can be expected from the features: a
-small network learns that in a minute, and generalises where an adapter of many millions of weights has
+cosine of tf-idf vectors of word groups. Which vector people will write can be expected from the features:
+kernel ridge regression does so in seconds, and generalises where an adapter of many millions of weights has
 learnt its pictures by heart. Beams then look for words that are both likely and expected, as Devlin et al.
 (2015) choose among captions by those of the nearest pictures; no caption of another picture is kept.
 """
@@ -14,10 +14,11 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm.errors import WeightsError
 from vlm.grams import ORDER, Gram, grams
@@ -27,7 +28,12 @@ PREFIX = "consensus."
 SURE = 0.7
 """Where the encoder's classifier gives one label this probability, its word counts and no other is expected:
 what people usually say would make a cat a dog, where cats were hardly ever captioned."""
-HIDDEN, INNER, RANK = 256, 512, 128
+MATRICES = {"turn": 4, "seen": 8, "seen.rest": 4, "weigh": 8, "say": 8, "say.rest": 4}
+"""Bits of a number on disk: directions that matter most, and sums over many pictures, would not bear 4."""
+FIRST = 64
+"""Directions of `seen` and of `say` that matter most."""
+SHARPNESS = 4.0
+"""Pictures are alike by exp(SHARPNESS * cosine of their mean features) - 1, as a share of the largest."""
 BLOCK = 64
 """Numbers of a matrix that share a step on disk."""
 MOST = 1 << 20
@@ -40,60 +46,119 @@ def word_groups(text: str) -> Counter[Gram]:
     return grams(_WORD.findall(text.lower()))
 
 
-class Consensus(nn.Module):
+class Consensus:
     """(I, D_v) mean features -> (I, G) how much each word group is expected in a picture's captions.
 
+    Kernel ridge regression: a picture's captions are expected to say what was said of those that it is like,
+    and more of the liker ones.
+
     Args:
-        groups: the G word groups that are told apart.
-        rarity: (G,) of each, ln(pictures / pictures whose captions hold it).
+        held: its numbers, as `tensors` gives them without `PREFIX`.
         width: D_v of the encoder's features.
 
     Attributes:
-        mean, spread: (D_v,) of the features that it was fitted to.
-        scale: length of the expected vectors, which the groups' directions do not say.
+        groups: the G word groups that are told apart, with their places.
+        rarity: of each, ln(pictures / pictures whose captions hold it).
+
+    Raises:
+        ValueError, KeyError, TypeError, RuntimeError, zlib.error: numbers are missing or of other shapes.
     """
 
-    mean: Tensor
-    spread: Tensor
-    scale: Tensor
+    def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
+        self._held = dict(held)
+        for name, kind in (("groups", torch.uint8), ("sizes", torch.int64)):
+            if self._held[name].dtype != kind or self._held[name].dim() != 1:
+                raise ValueError(f"{name} is no list of {kind}")
+        inflate = zlib.decompressobj()
+        words = inflate.decompress(bytes(self._held["groups"].tolist()), MOST).decode()
+        self.groups = {tuple(line.split()): i for i, line in enumerate(words.split("\n"))}
+        self.rarity: list[float] = self._held["rarity"].float().tolist()
+        count, (directions, pictures, rank) = len(self.groups), self._held["sizes"].tolist()
+        wide, high = min(FIRST, directions), min(FIRST, rank)
+        self._shapes = {
+            "turn": (width, directions),
+            "seen": (pictures, wide),
+            "seen.rest": (pictures, directions - wide),
+            "weigh": (pictures, rank),
+            "say": (high, count),
+            "say.rest": (rank - high, count),
+        }
+        vectors = {"mean": (width,), "spread": (width,), "usual": (count,), "rarity": (count,)}
+        for name, shape in {**vectors, "scale": ()}.items():
+            if self._held[name].shape != shape or not self._held[name].is_floating_point():
+                raise ValueError(f"{name} is no {shape} of fractions")
+        for name, shape in self._shapes.items():
+            blocks = -(-math.prod(shape) // BLOCK)
+            stored = self._held[name]
+            if stored.shape != (blocks, BLOCK * MATRICES[name] // 8) or stored.dtype != torch.uint8:
+                raise ValueError(f"{name} is not of {blocks} blocks")
+            step = self._held[f"{name}.step"]
+            if step.shape != (blocks, 1) or not step.is_floating_point():
+                raise ValueError(f"{name} is not of {blocks} steps")
+        if not all(t.isfinite().all() for t in self._held.values() if t.is_floating_point()):
+            raise ValueError("a number is not finite")
 
-    def __init__(self, groups: Sequence[Gram], rarity: Tensor, width: int) -> None:
-        super().__init__()
-        self.groups = {group: i for i, group in enumerate(groups)}
-        self.rarity: list[float] = rarity.tolist()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("spread", torch.ones(width))
-        self.register_buffer("scale", torch.ones(()))
-        self.narrow = nn.Linear(width, HIDDEN)
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.widen = nn.Linear(HIDDEN, INNER)
-        self.turn = nn.Linear(INNER, RANK)
-        self.say = nn.Linear(RANK, len(groups))
+    @classmethod
+    def of(cls, groups: Sequence[Gram], numbers: Mapping[str, Tensor]) -> Consensus:
+        """One with these numbers, rounded to what a file holds.
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        seen = (pooled - self.mean) / self.spread
-        said: Tensor = self.say(self.turn(F.gelu(self.widen(self.norm(self.narrow(seen))))))
-        return said
+        Args:
+            numbers: `rarity` and `usual`, the vectors' mean (G,); `mean` and `spread` of the features (D_v,);
+                `turn` (D_v, Q), the directions in which pictures are compared; `seen` (M, Q), the pictures
+                that are known; `weigh` (M, R) and `say` (R, G), what is said of pictures like each beyond
+                what is usual; `scale`, the length of the expected vectors.
+        """
+        held = {name: numbers[name].float() for name in ("mean", "spread")}
+        held |= {name: numbers[name].half() for name in ("usual", "rarity", "scale")}
+        seen, say = numbers["seen"], numbers["say"]
+        parts = {
+            "turn": numbers["turn"],
+            "weigh": numbers["weigh"],
+            "seen": seen[:, :FIRST],
+            "say": say[:FIRST],
+        }
+        parts |= {"seen.rest": seen[:, FIRST:], "say.rest": say[FIRST:]}
+        for name, matrix in parts.items():
+            held[name], held[f"{name}.step"] = _packed(matrix, MATRICES[name])
+        pictures, rank = numbers["weigh"].shape
+        held["sizes"] = torch.tensor([numbers["turn"].shape[1], pictures, rank])
+        words = "\n".join(" ".join(group) for group in groups)
+        held["groups"] = torch.frombuffer(bytearray(zlib.compress(words.encode(), 9)), dtype=torch.uint8)
+        return cls(held, numbers["turn"].shape[0])
+
+    @cached_property
+    def _numbers(self) -> dict[str, Tensor]:
+        """Unpacked when the first caption is wanted: who only asks questions spends nothing on it."""
+        numbers = {name: self._held[name].float() for name in ("mean", "spread", "usual", "scale")}
+        for name, bits in MATRICES.items():
+            step = self._held[f"{name}.step"]
+            numbers[name] = _unpacked(self._held[name], step, bits, self._shapes[name])
+        numbers["seen"] = torch.cat([numbers["seen"], numbers.pop("seen.rest")], dim=1)
+        numbers["say"] = torch.cat([numbers["say"], numbers.pop("say.rest")])
+        return numbers
 
     @torch.inference_mode()
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """(I, D_v) mean features -> (I, G)."""
+        known = self._numbers
+        unit = F.normalize((pooled - known["mean"]) / known["spread"], dim=1)
+        near = likeness(unit @ known["turn"], known["seen"])
+        said: Tensor = near @ known["weigh"] @ known["say"] + known["usual"]
+        return said
+
     def expect(self, features: Tensor) -> Expectation:
         """What captions of the picture with these (1, N, D_v) features will say."""
-        said = self(features.float().mean(dim=1).to(self.mean.device))[0]
-        return Expectation(self, (F.normalize(said, dim=0) * self.scale).tolist())
+        said = self(features.float().mean(dim=1).cpu())[0]
+        return Expectation(self, (F.normalize(said, dim=0) * self._numbers["scale"]).tolist())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything it is, by names that begin with `PREFIX`; matrices in 4 bits a number."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        found: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            if tensor.dim() == 2:
-                found[name], found[f"{name}.step"] = _packed(tensor)
-            else:
-                found[name] = tensor.half()
-        words = "\n".join(" ".join(group) for group in self.groups)
-        found["groups"] = torch.frombuffer(bytearray(zlib.compress(words.encode(), 9)), dtype=torch.uint8)
-        found["rarity"] = torch.tensor(self.rarity).half()
-        return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in found.items()}
+        """Everything it is, by names that begin with `PREFIX`; matrices in 4 or 8 bits a number."""
+        return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in self._held.items()}
+
+    def scaled(self, scale: float) -> Consensus:
+        """The same, but with expected vectors of that length."""
+        width = len(self._held["mean"])
+        return Consensus(self._held | {"scale": torch.tensor(scale).half()}, width)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Consensus:
@@ -102,37 +167,37 @@ class Consensus(nn.Module):
         Raises:
             WeightsError: one is missing or of another shape.
         """
-        own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+        held = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
         try:
-            inflate = zlib.decompressobj()
-            words = inflate.decompress(bytes(own.pop("groups").tolist()), MOST).decode()
-            groups = [tuple(line.split()) for line in words.split("\n")]
-            made = cls(groups, own.pop("rarity").float(), width)
-            for name, tensor in made.state_dict().items():
-                if tensor.dim() == 2:
-                    own[name] = _unpacked(own[name], own.pop(f"{name}.step"), tensor.shape)
-            made.load_state_dict(own)
-            if len(made.rarity) != len(groups):
-                raise ValueError(f"{len(groups)} word groups with {len(made.rarity)} rarities")
-            if not all(tensor.isfinite().all() for tensor in made.state_dict().values()):
-                raise ValueError("a number is not finite")
+            return cls(held, width)
         except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as problem:
             reason = " ".join(str(problem).split())
-            raise WeightsError(f"`{PREFIX}*` of adapter.safetensors is damaged: {reason}") from problem
-        return made.eval().requires_grad_(False)
+            raise WeightsError(
+                f"`{PREFIX}*` of adapter.safetensors is damaged, or of an earlier version: {reason}; "
+                "`vlm train consensus` fits it anew"
+            ) from problem
 
 
-def _packed(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, BLOCK / 2) uint8 pairs of 4-bit numbers, (n, 1) float16 steps; the end is filled up with zeros."""
-    blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK)).view(-1, BLOCK)
-    step = (blocks.abs().amax(dim=1, keepdim=True) / 7).clamp(min=1e-7).half()
-    levels = (blocks / step.float()).round().clamp(-7, 7).to(torch.int16) + 8
-    return (levels[:, ::2] * 16 + levels[:, 1::2]).to(torch.uint8), step
+def likeness(some: Tensor, others: Tensor) -> Tensor:
+    """(I, Q) and (M, Q) of unit vectors -> (I, M) how alike pictures are: the same 1, nothing in common 0."""
+    return (SHARPNESS * (some @ others.T)).expm1() / math.expm1(SHARPNESS)
 
 
-def _unpacked(pairs: Tensor, step: Tensor, shape: torch.Size) -> Tensor:
-    levels = torch.stack([pairs >> 4, pairs & 15], dim=2).flatten(1).float() - 8
-    return (levels * step.float()).flatten()[: shape.numel()].view(shape)
+def _packed(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(n, BLOCK * bits / 8) uint8 numbers, (n, 1) float16 steps; the end is filled up with zeros."""
+    top = 2 ** (bits - 1) - 1
+    count = -(-matrix.numel() // BLOCK)
+    blocks = F.pad(matrix.flatten(), (0, count * BLOCK - matrix.numel())).view(count, BLOCK)
+    step = (blocks.abs().amax(dim=1, keepdim=True) / top).clamp(min=1e-7).half()
+    levels = (blocks / step.float()).round().clamp(-top, top).to(torch.int16) + top + 1
+    return (levels if bits == 8 else levels[:, ::2] * 16 + levels[:, 1::2]).to(torch.uint8), step
+
+
+def _unpacked(levels: Tensor, step: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    if bits == 4:
+        levels = torch.stack([levels >> 4, levels & 15], dim=2).flatten(1)
+    numbers = (levels.float() - 2 ** (bits - 1)) * step.float()
+    return numbers.flatten()[: math.prod(shape)].view(shape)
 
 
 class Expectation:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm import __version__
-from vlm.adapter_file import load_tensors
+from vlm.adapter_file import read_adapter
 from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, read_config, write_adapter
 from vlm.config import flat
@@ -63,8 +63,8 @@ def average(
         config = read_config(folder)
         if soup:
             _same(soup[0], name, config)
-        tensors, digest = load_tensors(folder)
-        soup.append(Ingredient(name, config, tensors, digest, share))
+        file = read_adapter(folder)
+        soup.append(Ingredient(name, config, file.tensors, file.sha256, share))
         _same_tensors(soup[0], soup[-1])
     _write(out, soup)
 

@@ -38,7 +38,7 @@ def adapter_files(folder: Path) -> list[Path]:
     Raises:
         WeightsError: the folder holds no adapter, or a damaged one.
     """
-    from vlm.adapter_file import load_tensors
+    from vlm.adapter_file import read_adapter
     from vlm.checkpoint import model_config, read_config
 
     if not folder.is_dir():
@@ -46,8 +46,9 @@ def adapter_files(folder: Path) -> list[Path]:
     for name in ("adapter.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise WeightsError(f"{folder} holds no adapter: {name} is missing")
-    model_config(folder, read_config(folder))
-    load_tensors(folder)
+    values = read_config(folder)
+    model_config(folder, values)
+    read_adapter(folder).consensus(int(values["features"]["width"]))
     return [folder / name for name in (*ADAPTER_FILES, *RUN_FILES) if (folder / name).is_file()]
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm import __version__
-from vlm.adapter_file import load_tensors
+from vlm.adapter_file import read_adapter
 from vlm.adapters.positions import regrid
 from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, model_config, read_config, write_adapter
@@ -38,9 +38,9 @@ def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None
     values = read_config(folder)
     trained = model_config(folder, values)
     vision = replace(trained.vision, size=size)
-    tensors, digest = load_tensors(folder)
+    file = read_adapter(folder)
     encoder = load_encoder(vision, resolve(vision.encoder, offline=offline))
-    resized = regrid(tensors, values["features"]["tokens"], encoder.tokens)
+    resized = regrid(file.tensors, values["features"]["tokens"], encoder.tokens)
     features = {"tokens": encoder.tokens, "width": encoder.width}
     kept = {key: value for key, value in values.items() if key != "abstain"}
     kept |= {"version": __version__, "model": to_dict(replace(trained, vision=vision)), "features": features}
@@ -48,7 +48,7 @@ def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None
         f"Another adapter's weights, its positions interpolated for pictures of {size} x {size} pixels by "
         "`vlm weights resize`; nothing was trained for it, and it has no scores of its own yet."
     )
-    rows = [(Path(adapter).name, str(trained.vision.size), f"`{digest}`")]
+    rows = [(Path(adapter).name, str(trained.vision.size), f"`{file.sha256}`")]
     made_of = table(("adapter", "pixels", "SHA-256 of its `adapter.safetensors`"), rows)
     card = card_head(out, kept, f" at {size} pixels", note) + f"\n## Made of\n\n{made_of}"
     write_adapter(out, resized, kept, card)

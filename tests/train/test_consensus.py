@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
-from vlm.adapter_file import load_consensus
+from vlm.adapter_file import read_adapter
 from vlm.checkpoint import build_model, load_model, save_adapter
+from vlm.consensus import likeness
 from vlm.errors import DataError
 from vlm.images import open_picture
 from vlm.train import main
-from vlm.train.consensus import Captioned, Targets, learn
+from vlm.train.consensus import RIDGE, Captioned, Targets, _regressed, learn
 from vlm.train.run import make_model
 
 if TYPE_CHECKING:
@@ -49,8 +52,8 @@ def test_targets_are_mean_unit_vectors() -> None:
 def test_what_features_tell_is_learnt_and_what_they_do_not_is_refused() -> None:
     learnt = learn(drawn(600, 8.0))
     assert learnt.cosine > learnt.guess + 0.2
-    again = learn(drawn(600, 8.0))
-    assert torch.equal(learnt.consensus.say.weight, again.consensus.say.weight)
+    again = learn(drawn(600, 8.0)).consensus.tensors()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in learnt.consensus.tensors().items())
     expected = learnt.consensus.expect(8.0 * torch.eye(32)[2].expand(1, 5, -1))
     assert expected("a blue wall") > expected("a green wall") + 0.3
     assert expected("a blue wall") > expected("wall a")
@@ -58,6 +61,48 @@ def test_what_features_tell_is_learnt_and_what_they_do_not_is_refused() -> None:
         learn(drawn(600, 0.0))
     with pytest.raises(DataError, match="499 captioned pictures are too few"):
         learn(drawn(499, 8.0))
+
+
+def test_a_picture_without_words_does_not_hide_that_nothing_is_foretold() -> None:
+    data = drawn(600, 0.0)
+    data.captions[::10] = [["???"]] * 60
+    with pytest.raises(DataError, match="foretold no better"):
+        learn(data)
+
+
+@pytest.mark.parametrize("level", [0.1, 3.3, 1000.0])
+def test_a_feature_that_never_changes_does_no_harm(level: float) -> None:
+    data = drawn(600, 8.0)
+    data.pooled[:, :, -4:] = level
+    learnt = learn(data)
+    assert learnt.cosine > learnt.guess + 0.2
+
+
+def test_it_is_kernel_ridge_regression() -> None:
+    """With every direction and every rank: what the textbook's formula says of new pictures."""
+    torch.manual_seed(0)
+    pooled, targets, new = torch.randn(120, 32), torch.randn(120, 50), torch.randn(7, 32)
+    known = _regressed(pooled, targets)
+    mean, spread = pooled.mean(dim=0), pooled.std(dim=0)
+    unit, fresh = (normalize((some - mean) / spread, dim=1) for some in (pooled, new))
+    alike, near = (((4 * some @ unit.T).exp() - 1) / (math.exp(4) - 1) for some in (unit, fresh))
+    expected = near @ torch.linalg.solve(alike + RIDGE * torch.eye(120), targets)
+    said = likeness(fresh @ known["turn"], known["seen"]) @ known["weigh"] @ known["say"]
+    torch.testing.assert_close(said, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_differs_most_is_kept_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is said of the taught pictures, a lower rank keeps as much as any matrix of that rank can."""
+    torch.manual_seed(0)
+    pooled, targets = torch.randn(120, 32), torch.randn(120, 4) @ torch.randn(4, 50)
+    targets += torch.randn(120, 50) / 10
+    monkeypatch.setattr("vlm.train.consensus.RANK", 4)
+    known = _regressed(pooled, targets)
+    alike = likeness(known["seen"], known["seen"])
+    whole = alike @ torch.linalg.solve(alike + RIDGE * torch.eye(120), targets)
+    left = whole - alike @ known["weigh"] @ known["say"]
+    best = torch.linalg.svdvals(whole)[4:].norm()
+    assert left.norm() < 1.02 * best
 
 
 @pytest.fixture
@@ -84,7 +129,7 @@ def test_one_command_writes_it_into_an_adapter(
     save_adapter(model, folder)
     assert main.main(["consensus", str(folder), str(coloured), "--offline"]) == 0
     assert "one guess for all" in capsys.readouterr().out
-    found = load_consensus(folder, model.encoder.width)
+    found = read_adapter(folder).consensus(model.encoder.width)
     assert found is not None
     further = make_model(replace(recipe(), start=str(folder)), offline=True)
     assert further.consensus is None

@@ -31,8 +31,16 @@ def test_what_a_recipe_names_is_obeyed() -> None:
 def test_what_processors_say_of_themselves(
     has: dict[str, object], chosen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert in_bf16("auto", CPU) is chosen
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not in_bf16("auto", CPU), "torch's own bfloat16 products are slow"
+
+
+def test_a_torch_that_cannot_tell_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not in_bf16("auto", CPU)
 
 
 def test_the_choice_is_the_faster_one_here() -> None:

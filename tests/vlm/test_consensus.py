@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from vlm.adapter_file import read_adapter, save_consensus, shrink
 from vlm.answering import _expected
-from vlm.adapter_file import load_consensus, load_tensors, save_consensus
 from vlm.checkpoint import save_adapter
 from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.consensus import PREFIX, Consensus, Expectation, word_groups
@@ -32,11 +32,18 @@ def letters(width: int, seed: int = 0, scale: float = 1.0) -> Consensus:
     """One that expects a and b, alone and in pairs, more in some pictures than in others."""
     torch.manual_seed(seed)
     groups = [("a",), ("b",), ("a", "b"), ("b", "a"), ("a", "a")]
-    made = Consensus(groups, torch.tensor([1.0, 2.0, 1.5, 1.5, 3.0]), width).eval()
-    with torch.no_grad():
-        made.scale.fill_(scale)
-        made.say.weight.mul_(20)
-    return made
+    numbers = {
+        "rarity": torch.tensor([1.0, 2.0, 1.5, 1.5, 3.0]),
+        "usual": torch.rand(5) / 20,
+        "mean": torch.zeros(width),
+        "spread": torch.ones(width),
+        "turn": torch.linalg.qr(torch.randn(width, width)).Q,
+        "seen": torch.nn.functional.normalize(torch.randn(7, width), dim=1),
+        "weigh": torch.randn(7, 3),
+        "say": torch.randn(3, 5),
+        "scale": torch.tensor(scale),
+    }
+    return Consensus.of(groups, numbers)
 
 
 def test_groups_are_of_one_to_four_words_without_case_and_marks() -> None:
@@ -71,39 +78,81 @@ def test_a_file_holds_it_beside_the_adapter_in_a_few_bits(
     model.hashes = {"encoder": "e", "language_model": "l"}
     save_adapter(model, tmp_path)
     width = model.encoder.width
-    assert load_consensus(tmp_path, width) is None
-    before, digest = load_tensors(tmp_path)
+    before = read_adapter(tmp_path)
+    assert before.consensus(width) is None
     made = letters(width, scale=0.7)
     save_consensus(tmp_path, made)
-    after, other = load_tensors(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert digest != other
-    back = load_consensus(tmp_path, width)
+    after = read_adapter(tmp_path)
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+    assert before.sha256 != after.sha256
+    back = after.consensus(width)
     assert back is not None
     assert (back.groups, back.rarity) == (made.groups, made.rarity)
-    assert sum(t.numel() * t.element_size() for t in made.tensors().values()) < 0.7 * sum(
-        t.numel() for t in made.parameters()
-    )
     features = torch.randn(1, 9, width)
-    ours, theirs = made.expect(features).weights, back.expect(features).weights
-    assert theirs != ours
-    assert sum(a * b for a, b in zip(ours, theirs, strict=True)) > 0.99 * 0.7**2
-    assert math.hypot(*theirs) == pytest.approx(0.7, abs=1e-3)
+    weights = made.expect(features).weights
+    assert back.expect(features).weights == weights
+    assert math.hypot(*weights) == pytest.approx(0.7, abs=1e-3)
     save_consensus(tmp_path, letters(width, seed=1))
-    again = load_consensus(tmp_path, width)
+    again = read_adapter(tmp_path).consensus(width)
     assert again is not None
-    assert again.expect(features).weights != theirs
+    assert again.expect(features).weights != weights
 
 
-@pytest.mark.parametrize("name", ["groups", "rarity", "say.weight", "say.weight.step", "mean"])
+def test_a_shrunk_adapter_keeps_it_and_stays_small(make_tiny: Callable[..., VLM], tmp_path: Path) -> None:
+    model = make_tiny("flamingo", feedforward=300)
+    model.hashes = {"encoder": "e", "language_model": "l"}
+    save_adapter(model, tmp_path)
+    first, second = (letters(model.encoder.width, seed) for seed in (0, 1))
+    save_consensus(tmp_path, first)
+    whole, small = shrink(tmp_path)
+    assert small < 0.6 * whole
+    features = torch.randn(1, 9, model.encoder.width)
+    for made in (first, second):
+        file = read_adapter(tmp_path)
+        found = file.consensus(model.encoder.width)
+        assert found is not None
+        assert found.expect(features).weights == made.expect(features).weights
+        assert file.size == small
+        save_consensus(tmp_path, second)
+
+
+def test_numbers_are_kept_in_a_few_bits() -> None:
+    torch.manual_seed(0)
+    width, pictures, rank, count = 90, 300, 80, 400
+    numbers = {
+        "rarity": torch.rand(count),
+        "usual": torch.rand(count) / 50,
+        "mean": torch.randn(width),
+        "spread": torch.rand(width) + 0.5,
+        "turn": torch.linalg.qr(torch.randn(width, 80)).Q,
+        "seen": torch.nn.functional.normalize(torch.randn(pictures, 80), dim=1),
+        "weigh": torch.randn(pictures, rank),
+        "say": torch.randn(rank, count),
+        "scale": torch.ones(()),
+    }
+    made = Consensus.of([(f"w{i}",) for i in range(count)], numbers)
+    size = sum(t.numel() * t.element_size() for t in made.tensors().values())
+    assert size < 0.28 * sum(4 * t.numel() for t in numbers.values())
+    pooled = numbers["mean"] + 3 * torch.randn(5, width)
+    unit = torch.nn.functional.normalize((pooled - numbers["mean"]) / numbers["spread"], dim=1)
+    alike = (torch.exp(4 * (unit @ numbers["turn"]) @ numbers["seen"].T) - 1) / (math.exp(4) - 1)
+    said = alike @ numbers["weigh"] @ numbers["say"] + numbers["usual"]
+    assert torch.nn.functional.cosine_similarity(made(pooled), said).min() > 0.97
+    assert (made(pooled) != said).any()
+
+
+@pytest.mark.parametrize("name", ["groups", "rarity", "say", "say.step", "seen.rest", "mean", "sizes"])
 def test_a_damaged_one_is_named(name: str) -> None:
     tensors = letters(4).tensors()
     missing = {key: value for key, value in tensors.items() if key != PREFIX + name}
     with pytest.raises(WeightsError, match="is damaged"):
         Consensus.from_tensors(missing, 4)
-    with pytest.raises(WeightsError, match="damaged"):
-        Consensus.from_tensors(tensors | {PREFIX + name: torch.zeros(3, 3)}, 4)
+    stored = tensors[PREFIX + name]
+    other = stored.long() if stored.is_floating_point() else stored.float()
+    for wrong in (torch.zeros(3, 3), other, torch.tensor(10**15)):
+        with pytest.raises(WeightsError, match="damaged"):
+            Consensus.from_tensors(tensors | {PREFIX + name: wrong}, 4)
 
 
 @pytest.mark.parametrize(("seed", "weight"), [(0, 2.0), (1, 0.5), (2, 5.0)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm.adapter_file import load_tensors, shrink
+from vlm.adapter_file import read_adapter, shrink
 from vlm.checkpoint import load_model, save_adapter
 from vlm.cli import main
 from vlm.errors import WeightsError
@@ -97,11 +97,12 @@ def test_a_shrunk_adapter_answers_the_same(
     assert "MB before" in capsys.readouterr().out
     stored = load_file(folder / "adapter.safetensors")
     assert any(name.endswith(UPPER) for name in stored)
-    own, digest = load_tensors(folder)
+    file = read_adapter(folder)
+    own = file.tensors
     state = model.adapter.state_dict()
     assert own.keys() == state.keys()
     assert all(torch.equal(own[name], state[name].half()) for name in own)
-    assert f"| `{digest}` |" in (folder / "README.md").read_text(), "the card tells the new file's hash"
+    assert f"| `{file.sha256}` |" in (folder / "README.md").read_text(), "the card tells the new file's hash"
     loaded = load_model(folder, offline=True)
     with torch.no_grad():
         for name, tensor in model.adapter.state_dict().items():
