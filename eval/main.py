@@ -33,7 +33,10 @@ def main(argv: list[str]) -> int:
     if "--list" in argv:
         show_list()
         return 0
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not args.shots and (args.shot_labels, args.shot_choice) != ("true", "random"):
+        parser.error("--shot-labels and --shot-choice are about shots: say --shots K")
     from vlm.eval.session import run
 
     return run(args)

@@ -13,6 +13,7 @@ from vlm.conversation import Conversation
 from vlm.data.convert.common import make_example
 from vlm.errors import ConfigError
 from vlm.eval import prompts
+from vlm.eval.main import main
 
 
 def shot_session(**changes: Any) -> Any:
@@ -61,3 +62,13 @@ def test_random_labels_come_from_other_examples() -> None:
     assert [turn.text.strip("t?") for turn in found.turns[:4:2]] != [
         turn.text.strip("a") for turn in found.turns[1:4:2]
     ]
+
+
+@pytest.mark.parametrize("option", [["--shot-labels", "random"], ["--shot-choice", "nearest"]])
+def test_how_shots_are_drawn_is_not_said_without_shots(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["folder-vqa", "--data", "nowhere", "--out", "report.json", *option])
+    assert ended.value.code == 2
+    assert "say --shots K" in capsys.readouterr().err
