@@ -30,7 +30,7 @@ from vlm.train import fast, mup
 from vlm.train.config import TrainConfig
 from vlm.train.hints import drawn_labels, naming
 from vlm.train.mup import Scale
-from vlm.train.optim import Average, build_optimizer, learning_rate
+from vlm.train.optim import Average, build_optimizer, gradient_norms, learning_rate
 from vlm.train.precision import in_bf16
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
@@ -276,7 +276,7 @@ class Trainer:
         self.stopping = stop > 0
         parameters = list(self.trained.parameters())
         self.processes.sum_gradients(parameters)
-        numbers = self.adapter.statistics() | _norms(self.adapter)
+        numbers = self.adapter.statistics() | gradient_norms(self.adapter)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.optim.clip))
         skipped = not self._update(total / weight, norm, groups)
         if self.reward is not None:
@@ -394,13 +394,3 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _norms(adapter: nn.Module) -> dict[str, float]:
-    """Gradient norm of each part of an adapter, before clipping."""
-    numbers = {}
-    for name, part in adapter.named_children():
-        gradients = [p.grad for p in part.parameters() if p.grad is not None]
-        if gradients:
-            numbers[f"gradient/{name}"] = float(nn.utils.get_total_norm(gradients))
-    return numbers

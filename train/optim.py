@@ -86,3 +86,13 @@ class Average:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.count = int(state["_count"])
         self.tensors = {k: state[k].to(v.device) for k, v in self.tensors.items()}
+
+
+def gradient_norms(adapter: nn.Module) -> dict[str, float]:
+    """Gradient norm of each part of an adapter, before clipping."""
+    numbers = {}
+    for name, part in adapter.named_children():
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        if gradients:
+            numbers[f"gradient/{name}"] = float(nn.utils.get_total_norm(gradients))
+    return numbers

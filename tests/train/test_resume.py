@@ -20,7 +20,7 @@ from safetensors.torch import load
 
 from vlm.config import to_dict
 from vlm.errors import WeightsError
-from vlm.train import state
+from vlm.train import precision, state
 from vlm.train.config import FastConfig, OptimConfig
 from vlm.train.loop import TrainingError
 from vlm.train.record import read_log, trim_log
@@ -295,7 +295,7 @@ def test_a_state_of_an_older_version_is_read_with_the_defaults(long_recipe: Any,
     meta = json.loads((path / "state.json").read_text())
     for key in ("fast", "smoothing"):
         meta["extra"]["config"].pop(key)
-    for key in ("data", "threads", "micro", "seconds", "bad"):
+    for key in ("data", "threads", "micro", "seconds", "bad", "bf16"):
         meta["extra"].pop(key)
     files = {
         "state.json": json.dumps(meta).encode(),
@@ -323,6 +323,20 @@ def test_the_number_of_threads_is_part_of_the_state(long_recipe: Any, trainer_of
         assert any("2 threads" in line for line in said)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_run_that_moves_to_another_processor_says_so(
+    long_recipe: Any, trainer_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = long_recipe(steps=6, precision="auto")
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)
+    stopped_after(trainer_of, config, 3)
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
+    said: list[str] = []
+    trainer, _ = trainer_of(config)
+    trainer.resume(said.append)
+    assert not trainer.bf16
+    assert any("started in bfloat16 and goes on in float32" in line for line in said)
 
 
 def test_a_finished_run_has_nothing_to_do(long_recipe: Any, trainer_of: Any) -> None:
