@@ -60,18 +60,19 @@ def read_adapter(folder: Path) -> AdapterFile:
     path = folder / "adapter.safetensors"
     try:
         content = path.read_bytes()
-        stored = load(content)
+        stored, digest, size = load(content), hashlib.sha256(content).hexdigest(), len(content)
     except (OSError, SafetensorError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
-    guide = {name: tensor for name, tensor in stored.items() if name.startswith(PREFIX)}
+    del content  # what stands in memory at once decides which machine is large enough
+    guide = {name: stored.pop(name) for name in list(stored) if name.startswith(PREFIX)}
     try:
-        tensors = joined({name: tensor for name, tensor in stored.items() if name not in guide})
+        tensors = joined(stored)
     except ValueError as problem:
         raise WeightsError(f"{path} is damaged: {problem}") from problem
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
         raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
-    return AdapterFile(tensors, guide, hashlib.sha256(content).hexdigest(), len(content))
+    return AdapterFile(tensors, guide, digest, size)
 
 
 def save_consensus(folder: Path, consensus: Consensus) -> None:

@@ -34,21 +34,22 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose matrices are whole again.
+def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose matrices are whole again; the dictionary is emptied, so that both are never held at once.
 
     Raises:
         ValueError: the parts of one do not fit together.
     """
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name in [name for name in tensors if not name.endswith(UPPER)]:
+        tensor = tensors.pop(name)
         if name.endswith(LOWER):
             whole = name.removesuffix(LOWER)
-            found[whole] = _joined(whole, tensors.get(whole + UPPER), tensor)
-        elif not name.endswith(UPPER):
+            found[whole] = _joined(whole, tensors.pop(whole + UPPER, None), tensor)
+        else:
             found[name] = tensor
-        elif name.removesuffix(UPPER) + LOWER not in tensors:
-            raise ValueError(f"{name} has no other half")
+    if tensors:
+        raise ValueError(f"{min(tensors)} has no other half")
     return found
 
 
