@@ -279,7 +279,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
     import yaml
 
     # Where things lay on one machine is nobody else's business.
-    shown = {key: value for key, value in recipe.items() if key not in FREE or key == "note"}
+    shown = {key: value for key, value in recipe.items() if key not in FREE or key in ("note", "answers")}
     shown["start"] = Path(shown["start"]).name
     chosen = {"vision", "language_model", "hints", "adapter", shown["model"]["adapter"]}
     shown["model"] = {key: value for key, value in shown["model"].items() if key in chosen}

@@ -204,6 +204,9 @@ class TrainConfig:
     hints: HintsTraining = field(default_factory=HintsTraining)
     holdout: float = 0.0
     """Share of the pictures that is set aside and asked before and after training."""
+    answers: bool = False
+    """At the end learn which answers are right (`vlm train answers`), and keep that if more questions about
+    the pictures set aside are answered right with it."""
     dev: int = 0
     """Pictures that are set aside for their loss at the run's end (`dev.json`): the same ones for every seed
     and every number of `pictures`."""

@@ -1,6 +1,6 @@
 """`vlm train consensus`: an adapter learns what captions of a picture will say, which guides its own.
 
-    vlm train consensus ADAPTER SRC        two minutes; SRC is anything that holds captions
+    vlm train consensus ADAPTER SRC [--out DIR]    two minutes; SRC is anything that holds captions
 
 The frozen features of every picture are looked up or computed, and the captions' mean tf-idf vectors are
 regressed on them (kernel ridge regression; `vlm.consensus` keeps it in a few bits a number). A tenth of
@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.adapter_file import save_consensus
+from vlm.checkpoint import save_guide
 from vlm.consensus import Consensus, likeness, word_groups
 from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_picture
-from vlm.errors import DataError, WeightsError
+from vlm.errors import DataError
 from vlm.features import Features
 from vlm.grams import Gram, unit
 from vlm.images import open_picture
 from vlm.options import add_common, apply_common, make_parser
+from vlm.train.place import add_place, place
 from vlm.train.screen import Screen
 from vlm.weights_cache import cache_root
 
@@ -208,27 +209,24 @@ def main(argv: list[str]) -> int:
     parser = make_parser(
         "vlm train consensus", "Learn what captions of a picture will say; it guides an adapter's."
     )
-    parser.add_argument("adapter", type=Path, help="the adapter's folder; it is written there")
+    add_place(parser)
     parser.add_argument("source", metavar="SRC", help="captioned pictures: a folder, table, public set")
     parser.add_argument("--split", default="train", help="part of the source (default: train)")
     add_common(parser)
     args = parser.parse_args(argv)
     apply_common(args)
-    if not (args.adapter / "adapter.safetensors").is_file():
-        raise WeightsError(
-            f"{args.adapter} is no adapter's folder: the adapter is changed, so name your own copy"
-        )
+    folder, out = place(args)
     cache = cache_root() / "features"
-    features = adapter_features(str(args.adapter), offline=args.offline, device=args.device, cache=cache)
+    features = adapter_features(str(folder), offline=args.offline, device=args.device, cache=cache)
     with Screen() as screen:
         data = captioned(args.source, features, args.split, screen.progress)
         screen.say(
             f"{len(data.captions)} captioned pictures; two fits, of about half a minute for 6,000 each"
         )
         learnt = learn(data)
-    save_consensus(args.adapter, learnt.consensus)
+    save_guide(folder, learnt.consensus, out)
     print(
         f"cosine of expected and true captions of pictures set aside: {learnt.cosine:.3f} "
-        f"(one guess for all: {learnt.guess:.3f}); the captions of {args.adapter} are guided now"
+        f"(one guess for all: {learnt.guess:.3f}); the captions of {out or folder} are guided now"
     )
     return 0

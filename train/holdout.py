@@ -19,6 +19,7 @@ from vlm.eval.metrics.vqa import vqa_accuracy
 from vlm.model import VLM
 
 FILE = "holdout.json"
+EXACT = "questions: exact match"
 SHOWN = 4
 MOST = 400
 """Examples asked at most, drawn from all: a look, not a benchmark."""
@@ -107,7 +108,7 @@ def _scores(
         right = sum(exact_match(answers[i], examples[i].answers) for i in questions)
         near = sum(vqa_accuracy(answers[i], examples[i].answers, strict=False) for i in questions)
         scores |= {
-            "questions: exact match": 100 * right / count,
+            EXACT: 100 * right / count,
             "questions: VQA accuracy": 100 * near / count,
         }
     return scores

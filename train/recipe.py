@@ -16,6 +16,7 @@ from vlm.train.config import SourceConfig, TrainConfig, recipe_config
 RECIPES = Path(__file__).parent / "recipes"
 FREE = (
     "out", "data", "save_every", "keep", "log_every", "note", "feature_cache", "trackers", "holdout_captions",
+    "answers",
 )  # fmt: skip
 """Keys that may differ between a run and its continuation."""
 TEXTS = ("data", "out", "start", "note", "holdout_captions")

@@ -25,6 +25,7 @@ from vlm.errors import ConfigError
 from vlm.features import FeatureCache
 from vlm.model import VLM
 from vlm.train import checks, mup
+from vlm.train.answers import add_answers
 from vlm.train.card import write_card
 from vlm.train.config import TrainConfig
 from vlm.train.dev import apportion, open_dev
@@ -97,7 +98,10 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         # The adapter as it was saved, on the frozen parts as others will load them.
         saved = load_model(out, offline=offline, device=str(accelerator.device))
         saved.features.cache = model.features.cache
-        found = judge.report(before, judge.ask(saved))
+        after = judge.ask(saved)
+        if config.answers and isinstance(judge, Held):
+            after = add_answers(saved, out, [e for s in sources for e in s.examples], judge, after)
+        found = judge.report(before, after)
         write_report(out / judge.file, found)
         judge.show(found)
     _finish(trainer, done)
@@ -212,7 +216,8 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
     start = start or config.start
     if start:
         model = load_model(start, offline=offline, size=config.size)
-        model.consensus = None  # not carried over, so that captions are compared without it before and after
+        # Not carried over, so that answers are compared without them before and after.
+        model.consensus = model.known_answers = None
     else:
         model = build_model(config.model, offline=offline)
         mup.initialise(model.adapter, mup.scales(model, config.optim.mup_base))

@@ -1,4 +1,4 @@
-"""`adapter.safetensors`: an adapter's own tensors, whole or halved, and what guides its captions."""
+"""`adapter.safetensors`: an adapter's own tensors, whole or halved, and what guides it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm.consensus import PREFIX, Consensus
+from vlm import consensus, known_answers
+from vlm.consensus import Consensus
 from vlm.errors import WeightsError
+from vlm.known_answers import KnownAnswers
 from vlm.planes import joined, split
 
+GUIDES = (consensus.PREFIX, known_answers.PREFIX)
 HALF = torch.finfo(torch.float16).max
 
 
@@ -26,13 +29,13 @@ class AdapterFile:
 
     Attributes:
         tensors: the adapter's own, by name.
-        guide: those of what guides its captions, by names that begin with `PREFIX`; {} where nothing does.
+        guides: those of what guides its captions and answers, by names that begin with one of `GUIDES`.
         sha256: of the file.
         size: of the file, in bytes.
     """
 
     tensors: dict[str, Tensor]
-    guide: dict[str, Tensor]
+    guides: dict[str, Tensor]
     sha256: str
     size: int
 
@@ -45,7 +48,16 @@ class AdapterFile:
         Raises:
             WeightsError: damaged, or of other features.
         """
-        return Consensus.from_tensors(self.guide, width) if self.guide else None
+        found = self._guide(consensus.PREFIX)
+        return Consensus.from_tensors(found, width) if found else None
+
+    def known_answers(self, width: int) -> KnownAnswers | None:
+        """What guides its answers, or None where nobody has fitted it; as `consensus`."""
+        found = self._guide(known_answers.PREFIX)
+        return KnownAnswers.from_tensors(found, width) if found else None
+
+    def _guide(self, prefix: str) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.guides.items() if name.startswith(prefix)}
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -64,7 +76,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     except (OSError, SafetensorError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
     del content  # what stands in memory at once decides which machine is large enough
-    guide = {name: stored.pop(name) for name in list(stored) if name.startswith(PREFIX)}
+    guides = {name: stored.pop(name) for name in list(stored) if name.startswith(GUIDES)}
     try:
         tensors = joined(stored)
     except ValueError as problem:
@@ -72,17 +84,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
         raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
-    return AdapterFile(tensors, guide, digest, size)
-
-
-def save_consensus(folder: Path, consensus: Consensus) -> None:
-    """Writes into an adapter's file what its captions are guided by; its own numbers stay as they are.
-
-    Raises:
-        WeightsError: the file cannot be read or written.
-    """
-    old = read_adapter(folder)
-    _rewrite(folder, old.tensors, consensus.tensors(), old.sha256)
+    return AdapterFile(tensors, guides, digest, size)
 
 
 def shrink(folder: Path) -> tuple[int, int]:
@@ -98,24 +100,31 @@ def shrink(folder: Path) -> tuple[int, int]:
     halves = {name: tensor.half() for name, tensor in old.tensors.items()}
     if broken := sorted(name for name, tensor in halves.items() if not tensor.isfinite().all()):
         raise WeightsError(f"{folder} cannot be halved: {broken[0]} has numbers beyond {HALF:.0f}")
-    return old.size, _rewrite(folder, halves, old.guide, old.sha256)
+    content = file_content(halves, old.guides)
+    replace_files(folder, {"adapter.safetensors": content, **renewed_card(folder, old.sha256, content)})
+    return old.size, len(content)
 
 
-def _rewrite(folder: Path, own: Mapping[str, Tensor], guide: Mapping[str, Tensor], digest: str) -> int:
-    """Gives an adapter's file other tensors, and its card the new SHA-256 for the old; returns its size."""
+def file_content(own: Mapping[str, Tensor], guides: Mapping[str, Tensor]) -> bytes:
+    """The bytes of an adapter's file that holds these tensors."""
     from safetensors.torch import save
 
-    content = save(split(own) | dict(guide), metadata={"format": "pt"})
-    files = {"adapter.safetensors": content}
+    return save(split(own) | dict(guides), metadata={"format": "pt"})
+
+
+def renewed_card(folder: Path, digest: str, content: bytes) -> dict[str, bytes]:
+    """The adapter's card by its name, with the SHA-256 of its new file for the old; {} where there is none.
+
+    Raises:
+        WeightsError: the card cannot be read.
+    """
     try:
         card = (folder / "README.md").read_text(encoding="utf-8")
-        files["README.md"] = card.replace(digest, hashlib.sha256(content).hexdigest()).encode()
     except FileNotFoundError:
-        pass
+        return {}
     except (OSError, UnicodeError) as problem:
         raise WeightsError(f"{folder / 'README.md'} cannot be read: {problem}") from problem
-    replace_files(folder, files)
-    return len(content)
+    return {"README.md": card.replace(digest, hashlib.sha256(content).hexdigest()).encode()}
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -23,6 +23,7 @@ from vlm.errors import ConfigError
 from vlm.features import Seen
 from vlm.generation import DecodeBatch, DecodeRequest, Writer
 from vlm.images import open_picture
+from vlm.known_answers import AnswerGuide
 from vlm.processor import Row, Tokens
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def answer_all(model: VLM, conversations: Sequence[Conversation], config: Genera
         for group in part:
             for row, seen, members in _rows(model, conversations, group):
                 expected = _expected(model, conversations[members[0][0]], seen, config)
-                requests.append(DecodeRequest(row, seen.features, config, expected=expected))
+                guides = [answer_guide(model, conversations[i], seen.features) for i, _ in members]
+                requests.append(DecodeRequest(row, seen.features, config, expected=expected, guides=guides))
                 asked += members
         encoded = time.perf_counter()
         if config.num_beams > 1:
@@ -112,6 +114,20 @@ def _expected(
     return model.consensus.expect(seen.features)
 
 
+def answer_guide(model: VLM, conversation: Conversation, features: Tensor) -> AnswerGuide | None:
+    """Known answers to one question about one picture with these (1, N, D_v) features; None of others."""
+    if model.known_answers is None or len(features) != 1 or len(conversation.turns) != 1:
+        return None
+    question = conversation.turns[0].text
+    if question == CAPTION_PROMPT:
+        return None
+    language = model.language
+    expected = model.known_answers.expect(question, features)
+    return AnswerGuide(
+        [([*language.encode_text(text), language.frame.end], share) for text, share in expected]
+    )
+
+
 def shown(
     model: VLM, conversation: Conversation, answers: Sequence[str | None] = (None,)
 ) -> tuple[Row, Tensor]:
@@ -149,7 +165,9 @@ def stream(model: VLM, conversation: Conversation, config: GenerationConfig) -> 
     if config.num_beams > 1:
         raise ConfigError("beam search cannot stream: set num_beams=1")
     batch = DecodeBatch(model)
-    batch.add([DecodeRequest(*shown(model, conversation), config)])
+    row, features = shown(model, conversation)
+    guides = [answer_guide(model, conversation, features)]
+    batch.add([DecodeRequest(row, features, config, guides=guides)])
     while len(batch):
         for event in batch.step():
             if event.text:

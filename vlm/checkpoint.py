@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from vlm import __version__
-from vlm.adapter_file import read_adapter, replace_files
+from vlm.adapter_file import GUIDES, file_content, read_adapter, renewed_card, replace_files
 from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
+from vlm.consensus import Consensus
 from vlm.errors import ConfigError, WeightsError
+from vlm.known_answers import KnownAnswers
 from vlm.language import LanguageModel
 from vlm.model import VLM, fresh_adapter
 from vlm.vision import load_encoder
@@ -108,6 +110,28 @@ def save_abstain(folder: Path, fitted: AbstainConfig) -> None:
     """
     config = read_config(folder) | {"abstain": to_dict(fitted)}
     replace_files(folder, {"config.json": _json_bytes(config)})
+
+
+def save_guide(folder: Path, guide: Consensus | KnownAnswers, out: Path | None = None) -> None:
+    """Writes what guides an adapter into its file, in place of a guide of the same kind; all else stays.
+
+    Known answers take the threshold to abstain with them: other answers have other confidences.
+
+    Args:
+        out: write the adapter there instead, without its card, whose scores are of another one.
+
+    Raises:
+        WeightsError: a file cannot be read or written.
+    """
+    old, config, new = read_adapter(folder), read_config(folder), guide.tensors()
+    kinds = tuple(prefix for prefix in GUIDES if any(name.startswith(prefix) for name in new))
+    others = {name: tensor for name, tensor in old.guides.items() if not name.startswith(kinds)}
+    content = file_content(old.tensors, others | new)
+    card = renewed_card(folder, old.sha256, content) if out is None else {}
+    if isinstance(guide, KnownAnswers):
+        config.pop("abstain", None)
+    files = {"adapter.safetensors": content, "config.json": _json_bytes(config), **card}
+    replace_files(out or folder, files)
 
 
 def save_adapter(
@@ -236,8 +260,9 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0) -> None:
             f"{folder / 'adapter.safetensors'} does not fit its config.json: {reason}"
         ) from problem
     model.hashes["adapter"] = file.sha256
-    # It was fitted to features of pictures of the adapter's own size.
+    # They were fitted to features of pictures of the adapter's own size.
     model.consensus = None if tokens else file.consensus(model.encoder.width)
+    model.known_answers = None if tokens else file.known_answers(model.encoder.width)
 
 
 def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> None:

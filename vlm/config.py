@@ -192,6 +192,9 @@ class GenerationConfig:
     consensus: float = 2.0
     """Weight of a caption's expected CIDEr (1 is 100 %) beside its mean log-probability, where beams caption
     one picture and the adapter knows what captions say (`vlm train consensus`); 0: log-probability alone."""
+    known_answers: float = 6.0
+    """Nats by which an answer rises when it is expected e times as much, where the adapter knows answers
+    (`vlm train answers`), one question is asked about one picture, and decoding is greedy; 0: not at all."""
     batch_size: int = 16
     """Conversations decoded together."""
 
@@ -204,6 +207,7 @@ class GenerationConfig:
             "seed": self.seed is None or -(2**63) <= self.seed < 2**64,
             "length_penalty": math.isfinite(self.length_penalty),
             "consensus": 0 <= self.consensus < math.inf,
+            "known_answers": 0 <= self.known_answers < math.inf,
             "batch_size": self.batch_size >= 1,
         }
         for name, fine in checks.items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm.blocks import packed, require, require_finite, require_packed, squeezed, unpacked, unsqueezed
 from vlm.errors import WeightsError
 from vlm.grams import ORDER, Gram, grams
 
@@ -34,10 +34,6 @@ FIRST = 64
 """Directions of `seen` and of `say` that matter most."""
 SHARPNESS = 4.0
 """Pictures are alike by exp(SHARPNESS * cosine of their mean features) - 1, as a share of the largest."""
-BLOCK = 64
-"""Numbers of a matrix that share a step on disk."""
-MOST = 1 << 20
-"""Bytes that the word groups may take, unpacked."""
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
 
@@ -61,19 +57,15 @@ class Consensus:
         rarity: of each, ln(pictures / pictures whose captions hold it).
 
     Raises:
-        ValueError, KeyError, TypeError, RuntimeError, zlib.error: numbers are missing or of other shapes.
+        ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
     """
 
     def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
         self._held = dict(held)
-        for name, kind in (("groups", torch.uint8), ("sizes", torch.int64)):
-            if self._held[name].dtype != kind or self._held[name].dim() != 1:
-                raise ValueError(f"{name} is no list of {kind}")
-        inflate = zlib.decompressobj()
-        words = inflate.decompress(bytes(self._held["groups"].tolist()), MOST).decode()
-        self.groups = {tuple(line.split()): i for i, line in enumerate(words.split("\n"))}
-        self.rarity: list[float] = self._held["rarity"].float().tolist()
-        count, (directions, pictures, rank) = len(self.groups), self._held["sizes"].tolist()
+        require(held, "groups", torch.uint8, (-1,))
+        require(held, "sizes", torch.int64, (3,))
+        self.groups = {tuple(line.split()): i for i, line in enumerate(unsqueezed(held["groups"]))}
+        count, (directions, pictures, rank) = len(self.groups), held["sizes"].tolist()
         wide, high = min(FIRST, directions), min(FIRST, rank)
         self._shapes = {
             "turn": (width, directions),
@@ -84,19 +76,12 @@ class Consensus:
             "say.rest": (rank - high, count),
         }
         vectors = {"mean": (width,), "spread": (width,), "usual": (count,), "rarity": (count,)}
-        for name, shape in {**vectors, "scale": ()}.items():
-            if self._held[name].shape != shape or not self._held[name].is_floating_point():
-                raise ValueError(f"{name} is no {shape} of fractions")
+        for name, size in {**vectors, "scale": ()}.items():
+            require(held, name, None, size)
         for name, shape in self._shapes.items():
-            blocks = -(-math.prod(shape) // BLOCK)
-            stored = self._held[name]
-            if stored.shape != (blocks, BLOCK * MATRICES[name] // 8) or stored.dtype != torch.uint8:
-                raise ValueError(f"{name} is not of {blocks} blocks")
-            step = self._held[f"{name}.step"]
-            if step.shape != (blocks, 1) or not step.is_floating_point():
-                raise ValueError(f"{name} is not of {blocks} steps")
-        if not all(t.isfinite().all() for t in self._held.values() if t.is_floating_point()):
-            raise ValueError("a number is not finite")
+            require_packed(held, name, MATRICES[name], shape)
+        require_finite(held)
+        self.rarity: list[float] = held["rarity"].float().tolist()
 
     @classmethod
     def of(cls, groups: Sequence[Gram], numbers: Mapping[str, Tensor]) -> Consensus:
@@ -119,11 +104,10 @@ class Consensus:
         }
         parts |= {"seen.rest": seen[:, FIRST:], "say.rest": say[FIRST:]}
         for name, matrix in parts.items():
-            held[name], held[f"{name}.step"] = _packed(matrix, MATRICES[name])
+            held |= packed(name, matrix, MATRICES[name])
         pictures, rank = numbers["weigh"].shape
         held["sizes"] = torch.tensor([numbers["turn"].shape[1], pictures, rank])
-        words = "\n".join(" ".join(group) for group in groups)
-        held["groups"] = torch.frombuffer(bytearray(zlib.compress(words.encode(), 9)), dtype=torch.uint8)
+        held["groups"] = squeezed([" ".join(group) for group in groups])
         return cls(held, numbers["turn"].shape[0])
 
     @cached_property
@@ -131,8 +115,7 @@ class Consensus:
         """Unpacked when the first caption is wanted: who only asks questions spends nothing on it."""
         numbers = {name: self._held[name].float() for name in ("mean", "spread", "usual", "scale")}
         for name, bits in MATRICES.items():
-            step = self._held[f"{name}.step"]
-            numbers[name] = _unpacked(self._held[name], step, bits, self._shapes[name])
+            numbers[name] = unpacked(self._held, name, bits, self._shapes[name])
         numbers["seen"] = torch.cat([numbers["seen"], numbers.pop("seen.rest")], dim=1)
         numbers["say"] = torch.cat([numbers["say"], numbers.pop("say.rest")])
         return numbers
@@ -170,7 +153,7 @@ class Consensus:
         held = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
         try:
             return cls(held, width)
-        except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as problem:
+        except (KeyError, ValueError, RuntimeError) as problem:
             reason = " ".join(str(problem).split())
             raise WeightsError(
                 f"`{PREFIX}*` of adapter.safetensors is damaged, or of an earlier version: {reason}; "
@@ -181,23 +164,6 @@ class Consensus:
 def likeness(some: Tensor, others: Tensor) -> Tensor:
     """(I, Q) and (M, Q) of unit vectors -> (I, M) how alike pictures are: the same 1, nothing in common 0."""
     return (SHARPNESS * (some @ others.T)).expm1() / math.expm1(SHARPNESS)
-
-
-def _packed(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(n, BLOCK * bits / 8) uint8 numbers, (n, 1) float16 steps; the end is filled up with zeros."""
-    top = 2 ** (bits - 1) - 1
-    count = -(-matrix.numel() // BLOCK)
-    blocks = F.pad(matrix.flatten(), (0, count * BLOCK - matrix.numel())).view(count, BLOCK)
-    step = (blocks.abs().amax(dim=1, keepdim=True) / top).clamp(min=1e-7).half()
-    levels = (blocks / step.float()).round().clamp(-top, top).to(torch.int16) + top + 1
-    return (levels if bits == 8 else levels[:, ::2] * 16 + levels[:, 1::2]).to(torch.uint8), step
-
-
-def _unpacked(levels: Tensor, step: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    if bits == 4:
-        levels = torch.stack([levels >> 4, levels & 15], dim=2).flatten(1)
-    numbers = (levels.float() - 2 ** (bits - 1)) * step.float()
-    return numbers.flatten()[: math.prod(shape)].view(shape)
 
 
 class Expectation:

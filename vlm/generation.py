@@ -23,6 +23,7 @@ from vlm.answer import FinishReason, TokenLogprob
 from vlm.config import GenerationConfig
 from vlm.consensus import Expectation
 from vlm.decoder import DecoderState, Prefill, finite
+from vlm.known_answers import AnswerGuide
 from vlm.processor import Row
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class DecodeRequest:
     Attributes:
         latents: (images, L, W) that the adapter makes of the features, where they are known already.
         expected: what the answer, a caption, is expected to say; beams are guided by it.
+        guides: of each prompt of the row, where answers to it are known: greedy decoding is guided by it.
     """
 
     row: Row
@@ -43,6 +45,7 @@ class DecodeRequest:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     latents: Tensor | None = None
     expected: Expectation | None = None
+    guides: Sequence[AnswerGuide | None] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class _Slot:
     writer: Writer
     config: GenerationConfig
     random: torch.Generator | None
+    guide: AnswerGuide | None
 
 
 class DecodeBatch:
@@ -191,19 +195,23 @@ class DecodeBatch:
             wide = self._state.positions.shape[1]
             both = [F.pad(x, (0, 0, 0, wide - x.shape[1])) for x in (self._logits, logits)]
             self._logits = torch.cat(both)
-        added = [[self._slot(request.config) for _ in request.row.ends] for request in requests]
+        added = [
+            [self._slot(request.config, guide) for guide in request.guides or [None] * len(request.row.ends)]
+            for request in requests
+        ]
         self._slots += added
         return [slot.number for row in added for slot in row]
 
-    def _slot(self, config: GenerationConfig) -> _Slot:
+    def _slot(self, config: GenerationConfig, guide: AnswerGuide | None) -> _Slot:
         random = None
         if config.temperature > 0:
+            guide = None
             random = torch.Generator()
             if config.seed is None:
                 random.seed()
             else:
                 random.manual_seed(config.seed)
-        return _Slot(next(self._numbers), Writer(self.model, config), config, random)
+        return _Slot(next(self._numbers), Writer(self.model, config), config, random, guide)
 
     def writer(self, slot: int) -> Writer:
         """What a slot has written so far."""
@@ -252,9 +260,14 @@ class DecodeBatch:
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K, V) -> (B, K) tokens, their log-probabilities under the model (before any temperature), and
-        how far the next likeliest token is behind each (infinite where the token was drawn)."""
+        how far the next likeliest token is behind each, guided (infinite where the token was drawn)."""
         likely = finite(logits).log_softmax(dim=-1)
         allowed = likely.masked_fill(self._banned, float("-inf"))
+        for r, row in enumerate(self._slots):
+            for k, slot in enumerate(row):
+                if slot.guide is not None:
+                    for token, rise in slot.guide(slot.writer.ids).items():
+                        allowed[r, k, token] += slot.config.known_answers * rise
         chosen = allowed.argmax(dim=-1)
         two = allowed.topk(2, dim=-1).values
         gaps = two[..., 0] - two[..., 1]

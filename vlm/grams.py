@@ -10,10 +10,10 @@ ORDER = 4
 Gram = tuple[str, ...]
 
 
-def grams(words: Sequence[str]) -> Counter[Gram]:
-    """How often every group of one to four words stands in a text."""
+def grams(words: Sequence[str], order: int = ORDER) -> Counter[Gram]:
+    """How often every group of one to `order` words stands in a text."""
     return Counter(
-        tuple(words[at : at + size]) for size in range(1, ORDER + 1) for at in range(len(words) - size + 1)
+        tuple(words[at : at + size]) for size in range(1, order + 1) for at in range(len(words) - size + 1)
     )
 
 

@@ -25,6 +25,7 @@ from vlm.errors import ConfigError
 from vlm.features import FeatureCache, Features, Seen
 from vlm.hints import likely_labels, told_text
 from vlm.images import Picture
+from vlm.known_answers import KnownAnswers
 from vlm.language import LanguageModel
 from vlm.losses import cross_entropy, frozen_head_cross_entropy
 from vlm.memory import Memory
@@ -49,6 +50,7 @@ class VLM(nn.Module):
         memory: the pictures that it remembers, or None; see `remember`.
         abstain: below which confidence it cannot tell, or None where that was never fitted.
         consensus: what captions of a picture will say, or None where that was never fitted.
+        known_answers: what was right of like questions about like pictures, or None likewise.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class VLM(nn.Module):
         self.memory: Memory | None = None
         self.abstain: AbstainConfig | None = None
         self.consensus: Consensus | None = None
+        self.known_answers: KnownAnswers | None = None
         self.fused_loss = True
 
     @classmethod

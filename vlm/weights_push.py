@@ -48,7 +48,9 @@ def adapter_files(folder: Path) -> list[Path]:
             raise WeightsError(f"{folder} holds no adapter: {name} is missing")
     values = read_config(folder)
     model_config(folder, values)
-    read_adapter(folder).consensus(int(values["features"]["width"]))
+    file, width = read_adapter(folder), int(values["features"]["width"])
+    file.consensus(width)
+    file.known_answers(width)
     return [folder / name for name in (*ADAPTER_FILES, *RUN_FILES) if (folder / name).is_file()]
 
 

@@ -111,3 +111,25 @@ def test_every_model_keeps_its_own(make_tiny: Callable[..., VLM], draw: Draw) ->
             assert torch.equal(latents(picture, features, ()), model.latents(features))
         found.append(latents(picture, features, ()))
     assert not torch.allclose(*found)
+
+
+def test_known_answers_guide_a_server_as_they_guide_a_single_question(
+    make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
+) -> None:
+    from vlm.train.answers import Answered, fit
+
+    model, url = make_tiny("flamingo"), make.url(1)
+    texts, right = ["what is this", "how many are there"] * 100, [("red",), ("two",)] * 100
+    seen = torch.randn(1, 2 * model.encoder.width)
+    model.known_answers = fit(Answered(texts, right, torch.zeros(200, dtype=torch.long), seen))
+    with served(model) as client:
+        answers = [
+            ask(client, make.user(question, *urls), temperature=0)[0]["message"]["content"]
+            for question, urls in (
+                ("What is this?", [url]),
+                ("How many are there?", [url]),
+                ("What is this?", []),
+            )
+        ]
+    assert answers[:2] == ["red", "two"]
+    assert answers[2] != "red"

@@ -142,4 +142,4 @@ def test_an_adapter_that_ships_is_not_written_to(coloured: Path, capsys: pytest.
     from vlm.cli import main as command
 
     assert command(["train", "consensus", "default", str(coloured)]) == 1
-    assert "name your own copy" in capsys.readouterr().err
+    assert "--out DIR says where a copy goes" in capsys.readouterr().err

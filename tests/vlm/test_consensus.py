@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from vlm.adapter_file import read_adapter, save_consensus, shrink
+from vlm.adapter_file import read_adapter, shrink
 from vlm.answering import _expected
-from vlm.checkpoint import save_adapter
+from vlm.checkpoint import save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.consensus import PREFIX, Consensus, Expectation, word_groups
 from vlm.conversation import Conversation
@@ -81,7 +81,7 @@ def test_a_file_holds_it_beside_the_adapter_in_a_few_bits(
     before = read_adapter(tmp_path)
     assert before.consensus(width) is None
     made = letters(width, scale=0.7)
-    save_consensus(tmp_path, made)
+    save_guide(tmp_path, made)
     after = read_adapter(tmp_path)
     assert before.tensors.keys() == after.tensors.keys()
     assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
@@ -93,7 +93,7 @@ def test_a_file_holds_it_beside_the_adapter_in_a_few_bits(
     weights = made.expect(features).weights
     assert back.expect(features).weights == weights
     assert math.hypot(*weights) == pytest.approx(0.7, abs=1e-3)
-    save_consensus(tmp_path, letters(width, seed=1))
+    save_guide(tmp_path, letters(width, seed=1))
     again = read_adapter(tmp_path).consensus(width)
     assert again is not None
     assert again.expect(features).weights != weights
@@ -104,7 +104,7 @@ def test_a_shrunk_adapter_keeps_it_and_stays_small(make_tiny: Callable[..., VLM]
     model.hashes = {"encoder": "e", "language_model": "l"}
     save_adapter(model, tmp_path)
     first, second = (letters(model.encoder.width, seed) for seed in (0, 1))
-    save_consensus(tmp_path, first)
+    save_guide(tmp_path, first)
     whole, small = shrink(tmp_path)
     assert small < 0.6 * whole
     features = torch.randn(1, 9, model.encoder.width)
@@ -114,7 +114,7 @@ def test_a_shrunk_adapter_keeps_it_and_stays_small(make_tiny: Callable[..., VLM]
         assert found is not None
         assert found.expect(features).weights == made.expect(features).weights
         assert file.size == small
-        save_consensus(tmp_path, second)
+        save_guide(tmp_path, second)
 
 
 def test_numbers_are_kept_in_a_few_bits() -> None:

@@ -131,7 +131,13 @@ class _Reading:
             from vlm.generation import DecodeRequest
 
             self._requests = [
-                DecodeRequest(t.question.row, t.question.features, t.generation, t.question.latents)
+                DecodeRequest(
+                    t.question.row,
+                    t.question.features,
+                    t.generation,
+                    t.question.latents,
+                    guides=[t.question.guide],
+                )
                 for t in self.tickets
             ]
             self._prompts = batch.begin(self._requests)

@@ -28,6 +28,7 @@ from vlm.serve.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vlm.known_answers import AnswerGuide
     from vlm.model import VLM
     from vlm.processor import Row
     from vlm.serve.cache import Latents
@@ -38,11 +39,18 @@ _DATA = re.compile(r"data:(?:[a-z]+/[a-z0-9.+-]+)?(?:;[a-z0-9-]+=[a-z0-9.-]+)*;b
 
 @dataclass(frozen=True)
 class Question:
-    """What the engine is asked: a prompt's row, its pictures' (I, N, D_v) features and (I, L, W) latents."""
+    """What the engine is asked.
+
+    Attributes:
+        row: the prompt.
+        features, latents: its pictures' (I, N, D_v) and (I, L, W).
+        guide: the known answers, where there are any.
+    """
 
     row: Row
     features: Tensor
     latents: Tensor
+    guide: AnswerGuide | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -85,7 +93,7 @@ class Desk:
         hints = [hint for _, hint, _ in seen]
         if any(hints):
             row = await self._worded(lambda: self._row(conversation, answer, hints))
-        return await self._worded(lambda: self._question(row, seen))
+        return await self._worded(lambda: self._question(conversation, row, seen))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -148,13 +156,18 @@ class Desk:
         except ImageError as error:
             raise _bad_image(str(error)) from None
 
-    def _question(self, row: Row, seen: Sequence[tuple[Tensor, str, Tensor]]) -> Question:
+    def _question(
+        self, conversation: Conversation, row: Row, seen: Sequence[tuple[Tensor, str, Tensor]]
+    ) -> Question:
         import torch
+
+        from vlm.answering import answer_guide
 
         if not seen:
             nothing = self._model.encode([])
             return Question(row, nothing, self._model.latents(nothing))
-        return Question(row, torch.cat([one[0] for one in seen]), torch.cat([one[2] for one in seen]))
+        features, latents = (torch.cat([one[part] for one in seen]) for part in (0, 2))
+        return Question(row, features, latents, answer_guide(self._model, conversation, features))
 
     def _row(self, conversation: Conversation, answer: str | None, hints: Sequence[str] = ()) -> Row:
         try:

@@ -1,0 +1,225 @@
+"""`vlm train answers`: which answers are right is learnt, shown to help, and written, or refused."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from vlm.adapter_file import read_adapter
+from vlm.checkpoint import build_model, load_model, save_abstain, save_adapter
+from vlm.config import AbstainConfig
+from vlm.errors import DataError
+from vlm.known_answers import KnownAnswers, QuestionKernel, joint, standardised, summary
+from vlm.train import main
+from vlm.train.answers import RIDGE, Answered, _regressed, answered_examples, fit, look
+from vlm.train.run import make_model
+
+if TYPE_CHECKING:
+    from vlm.train.config import TrainConfig
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "grey": (120, 120, 120)}
+COLOUR, SHAPE = "What colour is it?", "Which shape has the thing?"
+
+
+def write(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "question", "answer"), *rows])
+    return folder
+
+
+@pytest.fixture
+def coloured(tmp_path: Path) -> Path:
+    """A folder of 80 pictures of one colour each, with two questions about each."""
+    folder = tmp_path / "coloured"
+    folder.mkdir()
+    rows = []
+    for number in range(80):
+        name, colour = list(COLOURS.items())[number % len(COLOURS)]
+        shade = tuple(min(255, part + number // 8) for part in colour)
+        Image.new("RGB", (16, 16), shade).save(folder / f"{number}.png")
+        rows += [(f"{number}.png", COLOUR, name), (f"{number}.png", SHAPE, "square")]
+    return write(folder, rows)
+
+
+@pytest.fixture
+def adapter(recipe: Callable[..., TrainConfig], tmp_path: Path) -> Path:
+    model = build_model(recipe().model)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_it_is_kernel_ridge_regression() -> None:
+    """What the textbook's formula says of new questions about new pictures."""
+    torch.manual_seed(0)
+    features, new = torch.randn(30, 9, 16), torch.randn(6, 9, 16)
+    asked = [("what is it", 3), ("what colour is it", 2), ("who is there", 5), ("is it red", 2)] * 30
+    pictures = torch.arange(120) % 30
+    texts, summaries = [text for text, _ in asked], summary(features)
+    right = torch.eye(5)[[int(pictures[i]) % kinds for i, (_, kinds) in enumerate(asked)]]
+    known = _regressed(texts, pictures, summaries, right)
+
+    mean, spread = summaries.mean(dim=0), summaries.std(dim=0, correction=0)
+
+    def unit(some: torch.Tensor) -> torch.Tensor:
+        return normalize(((summary(some) - mean) / spread).view(-1, 2, 16), dim=2).flatten(1) / math.sqrt(2)
+
+    def groups(text: str) -> set[str]:
+        words = ["<", *text.split(), ">"]
+        found = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+        return found - {"<", ">"}
+
+    def alike(first: str, second: str) -> float:
+        a, b = groups(first), groups(second)
+        return math.expm1(2 * len(a & b) / math.sqrt(len(a) * len(b))) / math.expm1(2)
+
+    near = unit(features) @ unit(features).T
+    kernel = (
+        torch.tensor([[alike(a, b) for b in texts] for a in texts])
+        * (1 + 3 * near[pictures][:, pictures])
+        / 4
+    )
+    weigh = torch.linalg.solve(kernel + RIDGE * torch.eye(120), right)
+    fresh = (unit(new) @ unit(features).T)[:, pictures]
+    for question in ("what is it", "is it green"):
+        row = torch.tensor([alike(question, text) for text in texts]) * (1 + 3 * fresh) / 4
+        seen = standardised(summary(new), known["mean"], known["spread"]) @ known["turn"] @ known["seen"].T
+        share = joint(QuestionKernel(texts)([question]), seen[:, known["pictures"]]) @ known["weigh"]
+        torch.testing.assert_close(share, row @ weigh, atol=1e-4, rtol=1e-3)
+
+
+def test_answers_of_several_people_count_by_their_share() -> None:
+    pictures, summaries = torch.zeros(200, dtype=torch.long), torch.randn(1, 8)
+    people = [("yes", "yes", "no", "perhaps not\nat all"), ("rare",)] * 100
+    people[1] = ("unique",)
+    known = fit(Answered(["is it so", "what is so rare"] * 100, people, pictures, summaries))
+    assert known.answers == ["yes", "no", "perhaps not at all", "rare"]
+    shares = dict(known.expect("is it so", torch.zeros(1, 3, 4)))
+    assert shares["yes"] == pytest.approx(2 * shares["no"], rel=0.05)
+    with pytest.raises(DataError, match="0 questions whose answer was given 2 times are too few"):
+        fit(Answered(["what"] * 200, [(str(i),) for i in range(200)], pictures, summaries))
+
+
+def test_long_questions_and_many_are_bounded(
+    coloured: Path, recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(recipe().model)
+    write(coloured, [("1.png", "why " * 100, "so"), ("2.png", COLOUR, "blue"), ("3.png", SHAPE, "square")])
+    examples = answered_examples(coloured, "train")
+    assert len(examples) == 3
+    found = look(model, examples, lambda *_: None)
+    assert sorted(found.questions) == ["what colour is it", "which shape has the thing"]
+    monkeypatch.setattr("vlm.train.answers.MOST", 1)
+    found = look(model, examples, lambda *_: None)
+    assert (len(found.questions), len(found.summaries), found.pictures.tolist()) == (1, 1, [0])
+
+
+def test_one_command_writes_them_into_an_adapter(
+    coloured: Path, adapter: Path, recipe: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[Any]
+) -> None:
+    before = read_adapter(adapter)
+    assert main.main(["answers", str(adapter), str(coloured), "--offline"]) == 0
+    said = capsys.readouterr().out
+    asked, after, right = _counts(said)
+    assert asked == 32
+    assert after > 24 > right
+    assert all(torch.equal(t, before.tensors[n]) for n, t in read_adapter(adapter).tensors.items())
+    model = load_model(adapter, offline=True)
+    assert isinstance(model.known_answers, KnownAnswers)
+    assert sorted(model.known_answers.answers) == ["blue", "green", "grey", "red", "square"]
+    answer = model.ask([Image.new("RGB", (16, 16), (24, 24, 224))], COLOUR, max_new_tokens=8)
+    assert answer.text == "blue"
+    assert make_model(replace(recipe(), start=str(adapter)), offline=True).known_answers is None
+
+
+def test_a_copy_leaves_the_adapter_as_it_is(
+    coloured: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    from vlm.cli import main as command
+
+    fitted = AbstainConfig(0.4, "easy-vqa", "test", 0.8, 0.81, 0.3)
+    save_abstain(adapter, fitted)
+    (adapter / "README.md").write_text(f"made of {read_adapter(adapter).sha256}")
+    before = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    out = tmp_path / "copy"
+    ask = ["train", "answers", str(adapter), str(coloured), "--offline"]
+    assert command([*ask, "--out", str(out)]) == 0
+    assert f"{out} knows 5 answers" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in adapter.iterdir()} == before
+    assert sorted(file.name for file in out.iterdir()) == ["adapter.safetensors", "config.json"]
+    copy = load_model(out, offline=True)
+    assert copy.known_answers is not None
+    assert copy.abstain is None
+    assert command([*ask, "--out", str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert command(ask) == 0
+    model = load_model(adapter, offline=True)
+    assert model.known_answers is not None
+    assert model.abstain is None
+    assert (adapter / "README.md").read_text() == f"made of {read_adapter(adapter).sha256}"
+
+
+def _counts(said: str) -> tuple[int, int, int]:
+    """Asked, right after and right before."""
+    asked, after, before, *_ = (int(word) for word in said.replace(",", " ").split() if word.isdigit())
+    return asked, after, before
+
+
+def test_what_does_not_help_is_not_written(
+    coloured: Path, adapter: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    from vlm.cli import main as command
+
+    # An answer that is always another one in the pictures set aside than in those that teach.
+    held = {str(example.images[0]) for example in answered_examples(coloured, "dev")}
+    rows = []
+    for number in range(80):
+        name = f"{number}.png"
+        kind = "dev" if str(coloured / name) in held else "rest"
+        rows += [(name, COLOUR, kind), (name, SHAPE, f"{kind} too")]
+    write(coloured, rows)
+    content = (adapter / "adapter.safetensors").read_bytes()
+    assert command(["train", "answers", str(adapter), str(coloured), "--offline"]) == 1
+    assert "nothing is written" in capsys.readouterr().err
+    assert (adapter / "adapter.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "reason"),
+    [
+        ("default", [], "--out DIR says where a copy goes"),
+        ("adapter", [("1.png", COLOUR, "red"), ("2.png", COLOUR, "red")], "questions whose answer was given"),
+    ],
+)
+def test_what_cannot_be_learnt_is_said(
+    name: str,
+    rows: list[tuple[str, str, str]],
+    reason: str,
+    coloured: Path,
+    adapter: Path,
+    capsys: pytest.CaptureFixture[Any],
+) -> None:
+    from vlm.cli import main as command
+
+    if rows:
+        write(coloured, rows)
+    place = str(adapter) if name == "adapter" else name
+    assert command(["train", "answers", place, str(coloured), "--offline"]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_captions_are_no_questions(coloured: Path, adapter: Path, capsys: pytest.CaptureFixture[Any]) -> None:
+    from vlm.cli import main as command
+
+    with open(coloured / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "caption"), ("1.png", "a wall"), ("2.png", "a field")])
+    assert command(["train", "answers", str(adapter), str(coloured), "--offline"]) == 1
+    assert "holds no questions about one picture" in capsys.readouterr().err

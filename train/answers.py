@@ -1,0 +1,258 @@
+"""`vlm train answers`: an adapter learns which of a data set's answers are right; it guides its own.
+
+    vlm train answers ADAPTER SRC [--out DIR]      SRC is anything that holds questions about pictures
+
+Which answer was right is regressed on the questions' words and the pictures' frozen features (kernel ridge
+regression; `vlm.known_answers`). First without the pictures of `dev`: if the adapter answers their questions
+right no more often with what was learnt than without, nothing is written.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.checkpoint import save_guide
+from vlm.config import CAPTION_PROMPT
+from vlm.conversation import Conversation, ImageSource
+from vlm.data.collate import image_name
+from vlm.data.example import Example
+from vlm.data.readers import read_source
+from vlm.data.remember import TOGETHER, Progress
+from vlm.errors import DataError
+from vlm.eval.metrics.answers import exact_match
+from vlm.images import open_picture
+from vlm.known_answers import KnownAnswers, QuestionKernel, joint, plain, standardised, summary
+from vlm.model import VLM
+from vlm.options import add_common, apply_common, make_parser
+from vlm.train.holdout import EXACT, Held
+from vlm.train.place import add_place, place
+from vlm.train.screen import Screen
+from vlm.weights_cache import cache_root
+
+RIDGE, DIRECTIONS = 0.5, 384
+"""Of the regression; directions in which pictures are compared."""
+MOST, ANSWERS = 8000, 1000
+"""Questions that are kept, a random part where there are more; answers, those given most."""
+TWICE = 2
+"""Times that an answer must be given to be known."""
+LONGEST = 300
+"""Characters of the longest question that is learnt from."""
+LEAST, ASKED = 100, 300
+"""Of fewer questions nothing is learnt; asked are at most so many to see whether it helps."""
+
+
+@dataclass
+class Answered:
+    """What is learnt from: questions about one picture each.
+
+    Attributes:
+        questions: plain.
+        answers: to each, one or those of several people.
+        pictures: (M,) int64, which picture each is about.
+        summaries: (P, 2 * D_v) of the pictures.
+    """
+
+    questions: list[str]
+    answers: list[tuple[str, ...]]
+    pictures: Tensor
+    summaries: Tensor
+
+
+def answered_examples(source: str | Path, split: str) -> list[Example]:
+    """The examples of a part that ask one question about one picture.
+
+    Raises:
+        DataError: the part cannot be read or holds no such question.
+    """
+    found = list(filter(_asks, read_source(source, split).checked()))
+    if not found:
+        raise DataError(f"the {split} part of {source} holds no questions about one picture")
+    return found
+
+
+def _asks(example: Example) -> bool:
+    one = len(example.images) == len(example.turns) == 1
+    return one and example.turns[0].text != CAPTION_PROMPT
+
+
+def look(model: VLM, examples: Sequence[Example], progress: Progress) -> Answered:
+    """What their pictures show.
+
+    Raises:
+        ImageError: a picture cannot be read.
+    """
+    usable = [example for example in examples if len(example.turns[0].text) <= LONGEST]
+    some = usable if len(usable) <= MOST else random.Random(0).sample(usable, MOST)
+    images: dict[str, ImageSource] = {}
+    for example in some:
+        images.setdefault(image_name(example.images[0]), example.images[0])
+    summaries, found = [], list(images.values())
+    for begin in range(0, len(found), TOGETHER):
+        pictures = [open_picture(image) for image in found[begin : begin + TOGETHER]]
+        summaries.append(summary(model.look(pictures).features))
+        progress("looking at pictures", begin + len(pictures), len(found))
+    places = {name: place for place, name in enumerate(images)}
+    return Answered(
+        [plain(example.turns[0].text) for example in some],
+        [example.answers for example in some],
+        torch.tensor([places[image_name(example.images[0])] for example in some]),
+        torch.cat(summaries),
+    )
+
+
+def fit(data: Answered) -> KnownAnswers:
+    """Kernel ridge regression of the answers.
+
+    Raises:
+        DataError: too few questions have an answer that was given twice.
+    """
+    lines = [[" ".join(answer.split()) for answer in answers] for answers in data.answers]
+    given = Counter(answer for answers in lines for answer in answers if answer)
+    known = [answer for answer, count in given.most_common(ANSWERS) if count >= TWICE]
+    places = {answer: place for place, answer in enumerate(known)}
+    kept = [row for row, answers in enumerate(lines) if places.keys() & set(answers)]
+    if len(kept) < LEAST:
+        raise DataError(
+            f"{len(kept)} questions whose answer was given {TWICE} times are too few to learn from: "
+            f"{LEAST} are needed"
+        )
+    right = torch.zeros(len(kept), len(known))
+    for number, row in enumerate(kept):
+        for answer in lines[row]:
+            if answer in places:
+                right[number, places[answer]] += 1 / len(lines[row])
+    questions, pictures = [data.questions[row] for row in kept], data.pictures[kept]
+    return KnownAnswers.of(questions, known, _regressed(questions, pictures, data.summaries, right))
+
+
+def _regressed(
+    questions: Sequence[str], pictures: Tensor, summaries: Tensor, right: Tensor
+) -> dict[str, Tensor]:
+    """The numbers of `KnownAnswers`, from (M, A) shares of right answers."""
+    torch.manual_seed(0)
+    mean, spread = summaries.mean(dim=0), summaries.std(dim=0, correction=0)
+    spread = spread.clamp(min=1e-3 * float(spread.mean()) + 1e-9)  # what never changes tells nothing
+    unit = standardised(summaries, mean, spread)
+    turn = torch.svd_lowrank(unit, min(DIRECTIONS, *unit.shape))[2]
+    seen = unit @ turn
+    kernel = QuestionKernel(questions)
+    alike = torch.cat([kernel(questions[at : at + TOGETHER]) for at in range(0, len(questions), TOGETHER)])
+    both = joint(alike, (seen @ seen.T)[pictures][:, pictures])
+    both.diagonal().add_(RIDGE)
+    weigh = torch.cholesky_solve(right, torch.linalg.cholesky(both))
+    numbers = {"mean": mean, "spread": spread, "turn": turn, "seen": seen, "weigh": weigh}
+    return numbers | {"pictures": pictures}
+
+
+def count_right(model: VLM, examples: Sequence[Example]) -> int:
+    """How many questions are answered with one of the answers given."""
+    asked = model.ask_batch([Conversation(e.images, e.turns) for e in examples], max_new_tokens=16)
+    right = (exact_match(a.text, e.answers) for a, e in zip(asked, examples, strict=True))
+    return int(sum(right))
+
+
+def learn(
+    model: VLM, source: str | Path, split: str, screen: Screen
+) -> tuple[KnownAnswers, dict[str, int], int]:
+    """Fits, after the questions about `dev`'s pictures have shown that it is worth it.
+
+    Returns:
+        what is known; of the questions asked, how many were right "without" and "with" it; how many.
+
+    Raises:
+        DataError: too few questions, or no more are answered right.
+    """
+    examples = {part: answered_examples(source, part) for part in ("train-rest", "dev")}
+    held = random.Random(0).sample(examples["dev"], min(ASKED, len(examples["dev"])))
+    known = fit(look(model, examples["train-rest"], screen.progress))
+    screen.say(f"{len(known.answers)} answers are known; {len(held)} questions of dev are asked twice")
+    right = {}
+    for how, guide in (("without", None), ("with", known)):
+        model.known_answers = guide
+        right[how] = count_right(model, held)
+    if right["with"] <= right["without"]:
+        raise DataError(
+            f"of {len(held)} questions about pictures set aside {right['with']} are answered right with what "
+            f"was learnt, {right['without']} without: nothing is written"
+        )
+    if split != "train-rest":
+        known = fit(look(model, answered_examples(source, split), screen.progress))
+    return known, right, len(held)
+
+
+def add_answers(
+    model: VLM, folder: Path, examples: Sequence[Example], judge: Held, without: dict[str, Any]
+) -> dict[str, Any]:
+    """Learns the answers of a run's examples for its adapter, and writes them if that helps.
+
+    Args:
+        model: the adapter in `folder`.
+        judge: asks about pictures that were set aside; `without` is what it found.
+
+    Returns:
+        What the judge finds of the adapter in the end.
+
+    Raises:
+        ImageError: a picture cannot be read.
+    """
+    asked = list(filter(_asks, examples))
+    if not asked:
+        return without
+    try:
+        known = fit(look(model, asked, lambda *_: None))
+    except DataError as problem:
+        print(f"known answers are not learnt: {problem}")
+        return without
+    model.known_answers = known
+    found = judge.ask(model)
+    before, after = (scores["scores"].get(EXACT, 0.0) for scores in (without, found))
+    better = after > before
+    print(
+        f"{len(known.answers)} known answers: of the questions set aside {after:.1f} % are right with them, "
+        f"{before:.1f} % without; they are {'kept' if better else 'left out'}"
+    )
+    if not better:
+        return without
+    save_guide(folder, known)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `vlm train answers`."""
+    parser = make_parser("vlm train answers", "Learn which answers are right; it guides an adapter's.")
+    add_place(parser)
+    parser.add_argument("source", metavar="SRC", help="questions about pictures: a folder, table, public set")
+    parser.add_argument(
+        "--split",
+        default="train",
+        choices=("train", "train-rest"),
+        help="what is learnt in the end: all of train (default), or what dev leaves of it, so that dev still "
+        "tells how good the adapter is",
+    )
+    add_common(parser)
+    args = parser.parse_args(argv)
+    apply_common(args)
+    folder, out = place(args)
+    model = VLM.from_pretrained(
+        folder,
+        offline=args.offline,
+        device=args.device,
+        dtype=args.dtype,
+        feature_cache=cache_root() / "features",
+    )
+    with Screen() as screen:
+        known, right, asked = learn(model, args.source, args.split, screen)
+    save_guide(folder, known, out)
+    print(
+        f"of {asked} questions about pictures set aside {right['with']} are answered right, "
+        f"{right['without']} before; {out or folder} knows {len(known.answers)} answers now"
+    )
+    return 0

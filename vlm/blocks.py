@@ -1,0 +1,92 @@
+"""Numbers of 4 or 8 bits and compressed texts, as tensors of a safetensors file, checked before use."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64
+"""Numbers of a matrix that share a step on disk."""
+MOST = 4 << 20
+"""Bytes that a text may take, unpacked."""
+STEP = ".step"
+"""Ends the name of a matrix's (n, 1) float16 steps; the matrix itself is (n, BLOCK * bits / 8) uint8."""
+
+
+def packed(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
+    """A matrix in 4 or 8 bits a number; the last block is filled up with zeros."""
+    top = 2 ** (bits - 1) - 1
+    count = -(-matrix.numel() // BLOCK)
+    blocks = F.pad(matrix.flatten(), (0, count * BLOCK - matrix.numel())).view(count, BLOCK)
+    step = (blocks.abs().amax(dim=1, keepdim=True) / top).clamp(min=1e-7).half()
+    levels = (blocks / step.float()).round().clamp(-top, top).to(torch.int16) + top + 1
+    halved = levels if bits == 8 else levels[:, ::2] * 16 + levels[:, 1::2]
+    return {name: halved.to(torch.uint8), name + STEP: step}
+
+
+def unpacked(held: Mapping[str, Tensor], name: str, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The float32 matrix that `packed` was given, to within half a step."""
+    levels = held[name]
+    if bits == 4:
+        levels = torch.stack([levels >> 4, levels & 15], dim=2).flatten(1)
+    numbers = (levels.float() - 2 ** (bits - 1)) * held[name + STEP].float()
+    return numbers.flatten()[: math.prod(shape)].view(shape)
+
+
+def require_packed(held: Mapping[str, Tensor], name: str, bits: int, shape: tuple[int, ...]) -> None:
+    """Raises:
+    KeyError, ValueError: there is no such matrix of this shape and number of bits.
+    """
+    blocks = -(-math.prod(shape) // BLOCK)
+    levels, step = held[name], held[name + STEP]
+    if levels.shape != (blocks, BLOCK * bits // 8) or levels.dtype != torch.uint8:
+        raise ValueError(f"{name} is not of {blocks} blocks")
+    if step.shape != (blocks, 1) or not step.is_floating_point():
+        raise ValueError(f"{name} is not of {blocks} steps")
+
+
+def require(held: Mapping[str, Tensor], name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    """A tensor of this type (None: fractions, of any precision) and shape (-1: any length).
+
+    Raises:
+        KeyError, ValueError: there is none.
+    """
+    tensor = held[name]
+    fits = tensor.is_floating_point() if kind is None else tensor.dtype == kind
+    sizes = tensor.dim() == len(shape) and all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True))
+    if not (fits and sizes):
+        raise ValueError(f"{name} is no {shape} of {kind or 'fractions'}")
+
+
+def require_finite(held: Mapping[str, Tensor]) -> None:
+    """Raises:
+    ValueError: a fraction is infinite or none.
+    """
+    if not all(tensor.isfinite().all() for tensor in held.values() if tensor.is_floating_point()):
+        raise ValueError("a number is not finite")
+
+
+def squeezed(lines: list[str]) -> Tensor:
+    """(n,) uint8: lines of text, compressed."""
+    return torch.frombuffer(bytearray(zlib.compress("\n".join(lines).encode(), 9)), dtype=torch.uint8)
+
+
+def unsqueezed(content: Tensor) -> list[str]:
+    """The lines that `squeezed` was given, `MOST` bytes at most.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(content.numpy().tobytes(), MOST).decode()
+    except zlib.error as problem:
+        raise ValueError(f"a text is damaged: {problem}") from problem
+    if not inflate.eof:
+        raise ValueError(f"a text is cut off, or longer than {MOST} bytes")
+    return text.split("\n")

@@ -1,0 +1,223 @@
+"""Answers that were right for like questions about like pictures: they guide what is said to a question.
+
+Of the answers of a data set, which is right? Kernel ridge regression says so in seconds, from a question's
+words and a picture's frozen features; the language model knows how answers are worded and what its adapter
+has learnt. Both together (a product of experts, Hinton 2002) are right more often than either: each step's
+log-probabilities rise for tokens that lead to an expected answer, and for no other, so that whoever asks
+something unlike all that is known is answered as without.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm.blocks import packed, require, require_finite, require_packed, squeezed, unpacked, unsqueezed
+from vlm.errors import WeightsError
+from vlm.grams import Gram, grams
+
+PREFIX = "answers."
+"""Begins the names of its tensors in `adapter.safetensors`."""
+MATRICES = {"turn": 4, "seen": 8, "weigh": 8}
+"""Bits of a number on disk."""
+GROUP = 3
+"""Adjacent words that count as one, at most."""
+SHARPNESS = 2.0
+"""Questions are alike by exp(SHARPNESS * cosine of their word groups) - 1, as a share of the largest."""
+SEEING = 3.0
+"""What a like picture counts beside a like question alone."""
+NOTHING = 0.03
+"""Share of a right answer that counts as nothing: below it an expectation is mostly noise."""
+MOST = 48
+"""Answers that guide, those that are expected most."""
+_WORD = re.compile(r"\w+")
+
+
+def plain(question: str) -> str:
+    """A question's words in small letters, without marks."""
+    return " ".join(_WORD.findall(question.lower()))
+
+
+def question_groups(question: str) -> set[Gram]:
+    """Words, pairs and threes of words of a plain question; its beginning and end are words of groups."""
+    return grams(["<", *question.split(), ">"], GROUP).keys() - {("<",), (">",)}
+
+
+def summary(features: Tensor) -> Tensor:
+    """(I, N, D_v) features -> (I, 2 * D_v): their mean over the picture, and how much they vary in it."""
+    features = features.float()
+    return torch.cat([features.mean(dim=1), features.std(dim=1, correction=0)], dim=1)
+
+
+class KnownAnswers:
+    """A question and (I, N, D_v) features of pictures -> (I, A) how much each answer is expected.
+
+    Kernel ridge regression on the product of two kernels, of questions and of pictures.
+
+    Args:
+        held: its numbers, as `tensors` gives them without `PREFIX`.
+        width: D_v of the encoder's features.
+
+    Attributes:
+        answers: the A answers that are known.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
+    """
+
+    def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
+        self._held = dict(held)
+        for name in ("answers", "questions"):
+            require(held, name, torch.uint8, (-1,))
+        require(held, "sizes", torch.int64, (2,))
+        self.answers = unsqueezed(held["answers"])
+        self._questions = unsqueezed(held["questions"])
+        pictures, directions = held["sizes"].tolist()
+        require(held, "pictures", torch.int32, (len(self._questions),))
+        if not bool(((held["pictures"] >= 0) & (held["pictures"] < pictures)).all()):
+            raise ValueError("pictures names one that is not there")
+        for name in ("mean", "spread"):
+            require(held, name, None, (2 * width,))
+        self._shapes = {
+            "turn": (2 * width, directions),
+            "seen": (pictures, directions),
+            "weigh": (len(self._questions), len(self.answers)),
+        }
+        for name, shape in self._shapes.items():
+            require_packed(held, name, MATRICES[name], shape)
+        require_finite(held)
+
+    @classmethod
+    def of(
+        cls, questions: Sequence[str], answers: Sequence[str], numbers: Mapping[str, Tensor]
+    ) -> KnownAnswers:
+        """One with these numbers, rounded to what a file holds.
+
+        Args:
+            questions: the M that are known, `plain`.
+            answers: the A answers, a line each.
+            numbers: `pictures` (M,), which picture each question is about; `mean` and `spread` of `summary`
+                (2 * D_v,); `turn` (2 * D_v, Q), the directions in which pictures are compared; `seen`
+                (P, Q), the pictures; `weigh` (M, A), what each question counts for each answer.
+        """
+        held = {name: numbers[name].float() for name in ("mean", "spread")}
+        held |= {"pictures": numbers["pictures"].int(), "sizes": torch.tensor(numbers["seen"].shape)}
+        held |= {"questions": squeezed(list(questions)), "answers": squeezed(list(answers))}
+        for name, bits in MATRICES.items():
+            held |= packed(name, numbers[name], bits)
+        return cls(held, numbers["turn"].shape[0] // 2)
+
+    @cached_property
+    def _numbers(self) -> dict[str, Tensor]:
+        """Unpacked when the first question is asked: who only captions spends nothing on it."""
+        numbers = {"pictures": self._held["pictures"].long()}
+        for name, bits in MATRICES.items():
+            numbers[name] = unpacked(self._held, name, bits, self._shapes[name])
+        return numbers
+
+    @cached_property
+    def _words(self) -> QuestionKernel:
+        return QuestionKernel(self._questions)
+
+    @torch.inference_mode()
+    def __call__(self, question: str, features: Tensor) -> Tensor:
+        """(I, N, D_v) features -> (I, A)."""
+        known = self._numbers
+        unit = standardised(summary(features).cpu(), self._held["mean"], self._held["spread"])
+        near = (unit @ known["turn"]) @ known["seen"].T
+        alike = self._words([plain(question)])
+        expected: Tensor = joint(alike, near[:, known["pictures"]]) @ known["weigh"]
+        return expected
+
+    def expect(self, question: str, features: Tensor) -> list[tuple[str, float]]:
+        """The answers expected most of a picture with these (1, N, D_v) features, and how much each is."""
+        shares, places = self(question, features)[0].topk(min(MOST, len(self.answers)))
+        found = zip(places.tolist(), shares.tolist(), strict=True)
+        return [(self.answers[place], share) for place, share in found if share > 0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it is, by names that begin with `PREFIX`."""
+        return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in self._held.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> KnownAnswers:
+        """The one whose `tensors` these are; others may stand beside them.
+
+        Raises:
+            WeightsError: one is missing or of another shape.
+        """
+        held = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+        try:
+            return cls(held, width)
+        except (KeyError, ValueError, RuntimeError) as problem:
+            reason = " ".join(str(problem).split())
+            raise WeightsError(
+                f"`{PREFIX}*` of adapter.safetensors is damaged, or of another encoder: {reason}; "
+                "`vlm train answers` fits it anew"
+            ) from problem
+
+
+class QuestionKernel:
+    """How alike questions are to M known ones, by their word groups: the same 1, nothing in common 0.
+
+    Args:
+        known: the M questions, `plain`.
+    """
+
+    def __init__(self, known: Sequence[str]) -> None:
+        held = [question_groups(question) for question in known]
+        self._places: dict[Gram, int] = {}
+        columns = [self._places.setdefault(g, len(self._places)) for groups in held for g in groups]
+        sizes = torch.tensor([len(groups) for groups in held])
+        self._rows = torch.arange(len(held)).repeat_interleave(sizes)
+        self._columns = torch.tensor(columns)
+        self._lengths = sizes.sqrt()
+
+    def __call__(self, questions: Sequence[str]) -> Tensor:
+        """Q plain questions -> (Q, M)."""
+        asked = torch.zeros(len(self._places), len(questions))
+        lengths = torch.ones(len(questions))
+        for place, question in enumerate(questions):
+            groups = question_groups(question)
+            asked[[self._places[group] for group in groups if group in self._places], place] = 1
+            lengths[place] = math.sqrt(len(groups))
+        shared = torch.zeros(len(self._lengths), len(questions))
+        shared.index_add_(0, self._rows, asked[self._columns])
+        cosines = shared.T / lengths[:, None] / self._lengths
+        return (SHARPNESS * cosines).expm1() / math.expm1(SHARPNESS)
+
+
+def standardised(summaries: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """(I, 2 * D_v) -> the same, means and spreads each of one length; a dot product of two is a cosine."""
+    halves = ((summaries - mean) / spread).chunk(2, dim=1)
+    return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1) / math.sqrt(2)
+
+
+def joint(questions: Tensor, pictures: Tensor) -> Tensor:
+    """The kernel of questions about pictures, from how alike questions are and how alike their pictures."""
+    return questions * (1 + SEEING * pictures) / (1 + SEEING)
+
+
+class AnswerGuide:
+    """What comes to the log-probabilities of an answer's next tokens.
+
+    Args:
+        expected: token ids of answers with their end, and how much each is expected.
+    """
+
+    def __init__(self, expected: Sequence[tuple[Sequence[int], float]]) -> None:
+        self._paths = [(list(ids), math.log1p(share / NOTHING)) for ids, share in expected]
+
+    def __call__(self, said: Sequence[int]) -> dict[int, float]:
+        """After these tokens: by how much which next ones rise, each by the best answer that it leads to."""
+        rises: dict[int, float] = {}
+        for path, rise in self._paths:
+            if len(path) > len(said) and path[: len(said)] == list(said):
+                rises[path[len(said)]] = max(rise, rises.get(path[len(said)], 0.0))
+        return rises
