@@ -21,15 +21,15 @@ from torch import Tensor
 
 from vlm.checkpoint import save_guide
 from vlm.config import CAPTION_PROMPT
-from vlm.conversation import Conversation, ImageSource
+from vlm.conversation import Conversation
 from vlm.data.collate import image_name
 from vlm.data.example import Example
 from vlm.data.readers import read_source
-from vlm.data.remember import TOGETHER, Progress
+from vlm.data.remember import TOGETHER
 from vlm.errors import DataError
 from vlm.eval.metrics.answers import exact_match
-from vlm.images import open_picture
-from vlm.known_answers import KnownAnswers, QuestionKernel, joint, plain, standardised, summary
+from vlm.images import ImageError, open_picture
+from vlm.known_answers import LONGEST, KnownAnswers, QuestionKernel, joint, plain, standardised, summary
 from vlm.model import VLM
 from vlm.options import add_common, apply_common, make_parser
 from vlm.train.holdout import EXACT, Held
@@ -41,10 +41,8 @@ RIDGE, DIRECTIONS = 0.5, 384
 """Of the regression; directions in which pictures are compared."""
 MOST, ANSWERS = 8000, 1000
 """Questions that are kept, a random part where there are more; answers, those given most."""
-TWICE = 2
-"""Times that an answer must be given to be known."""
-LONGEST = 300
-"""Characters of the longest question that is learnt from."""
+TWICE, WIDEST = 2, 100
+"""Times that an answer must be given to be known, and its letters at most."""
 LEAST, ASKED = 100, 300
 """Of fewer questions nothing is learnt; asked are at most so many to see whether it helps."""
 
@@ -83,28 +81,49 @@ def _asks(example: Example) -> bool:
     return one and example.turns[0].text != CAPTION_PROMPT
 
 
-def look(model: VLM, examples: Sequence[Example], progress: Progress) -> Answered:
-    """What their pictures show.
+def readable(
+    model: VLM, examples: Sequence[Example], screen: Screen
+) -> tuple[list[Example], dict[str, Tensor]]:
+    """The examples whose picture can be read, and what each picture shows; others are counted and named."""
+    images = {image_name(example.images[0]): example.images[0] for example in examples}
+    summaries: dict[str, Tensor] = {}
+    bad: list[str] = []
+    names = list(images)
+    for begin in range(0, len(names), TOGETHER):
+        opened = {}
+        for name in names[begin : begin + TOGETHER]:
+            try:
+                opened[name] = open_picture(images[name])
+            except ImageError as problem:
+                bad.append(str(problem))
+        if opened:
+            seen = summary(model.look(list(opened.values())).features)
+            summaries.update(zip(opened, seen.split(1), strict=True))
+        screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
+    if bad:
+        screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
+    return [example for example in examples if image_name(example.images[0]) in summaries], summaries
+
+
+def look(model: VLM, examples: Sequence[Example], screen: Screen) -> Answered:
+    """What is asked and shown; questions that are too long are left out and counted.
 
     Raises:
-        ImageError: a picture cannot be read.
+        DataError: nothing is left.
     """
-    usable = [example for example in examples if len(example.turns[0].text) <= LONGEST]
-    some = usable if len(usable) <= MOST else random.Random(0).sample(usable, MOST)
-    images: dict[str, ImageSource] = {}
-    for example in some:
-        images.setdefault(image_name(example.images[0]), example.images[0])
-    summaries, found = [], list(images.values())
-    for begin in range(0, len(found), TOGETHER):
-        pictures = [open_picture(image) for image in found[begin : begin + TOGETHER]]
-        summaries.append(summary(model.look(pictures).features))
-        progress("looking at pictures", begin + len(pictures), len(found))
-    places = {name: place for place, name in enumerate(images)}
+    short = [example for example in examples if len(plain(example.turns[0].text)) <= LONGEST]
+    if long := len(examples) - len(short):
+        screen.say(f"{long} questions of more than {LONGEST} letters are left out")
+    some = short if len(short) <= MOST else random.Random(0).sample(short, MOST)
+    kept, summaries = readable(model, some, screen)
+    if not kept:
+        raise DataError("no question is left to learn from")
+    places = {name: place for place, name in enumerate(summaries)}
     return Answered(
-        [plain(example.turns[0].text) for example in some],
-        [example.answers for example in some],
-        torch.tensor([places[image_name(example.images[0])] for example in some]),
-        torch.cat(summaries),
+        [plain(example.turns[0].text) for example in kept],
+        [example.answers for example in kept],
+        torch.tensor([places[image_name(example.images[0])] for example in kept]),
+        torch.cat(list(summaries.values())),
     )
 
 
@@ -115,7 +134,7 @@ def fit(data: Answered) -> KnownAnswers:
         DataError: too few questions have an answer that was given twice.
     """
     lines = [[" ".join(answer.split()) for answer in answers] for answers in data.answers]
-    given = Counter(answer for answers in lines for answer in answers if answer)
+    given = Counter(answer for answers in lines for answer in answers if 0 < len(answer) <= WIDEST)
     known = [answer for answer, count in given.most_common(ANSWERS) if count >= TWICE]
     places = {answer: place for place, answer in enumerate(known)}
     kept = [row for row, answers in enumerate(lines) if places.keys() & set(answers)]
@@ -137,11 +156,12 @@ def _regressed(
     questions: Sequence[str], pictures: Tensor, summaries: Tensor, right: Tensor
 ) -> dict[str, Tensor]:
     """The numbers of `KnownAnswers`, from (M, A) shares of right answers."""
-    torch.manual_seed(0)
     mean, spread = summaries.mean(dim=0), summaries.std(dim=0, correction=0)
     spread = spread.clamp(min=1e-3 * float(spread.mean()) + 1e-9)  # what never changes tells nothing
     unit = standardised(summaries, mean, spread)
-    turn = torch.svd_lowrank(unit, min(DIRECTIONS, *unit.shape))[2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        turn = torch.svd_lowrank(unit, min(DIRECTIONS, *unit.shape))[2]
     seen = unit @ turn
     kernel = QuestionKernel(questions)
     alike = torch.cat([kernel(questions[at : at + TOGETHER]) for at in range(0, len(questions), TOGETHER)])
@@ -152,44 +172,52 @@ def _regressed(
     return numbers | {"pictures": pictures}
 
 
-def count_right(model: VLM, examples: Sequence[Example]) -> int:
-    """How many questions are answered with one of the answers given."""
-    asked = model.ask_batch([Conversation(e.images, e.turns) for e in examples], max_new_tokens=16)
-    right = (exact_match(a.text, e.answers) for a, e in zip(asked, examples, strict=True))
-    return int(sum(right))
+@dataclass(frozen=True)
+class Learnt:
+    """Known answers, and how many of the questions asked were right before and with them."""
+
+    known: KnownAnswers
+    asked: int
+    before: int
+    after: int
 
 
-def learn(
-    model: VLM, source: str | Path, split: str, screen: Screen
-) -> tuple[KnownAnswers, dict[str, int], int]:
+def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> Learnt:
     """Fits, after the questions about `dev`'s pictures have shown that it is worth it.
-
-    Returns:
-        what is known; of the questions asked, how many were right "without" and "with" it; how many.
 
     Raises:
         DataError: too few questions, or no more are answered right.
     """
-    examples = {part: answered_examples(source, part) for part in ("train-rest", "dev")}
-    held = random.Random(0).sample(examples["dev"], min(ASKED, len(examples["dev"])))
-    known = fit(look(model, examples["train-rest"], screen.progress))
+    taught, held = (answered_examples(source, part) for part in ("train-rest", "dev"))
+    held, _ = readable(model, random.Random(0).sample(held, min(ASKED, len(held))), screen)
+    known = fit(look(model, taught, screen))
     screen.say(f"{len(known.answers)} answers are known; {len(held)} questions of dev are asked twice")
-    right = {}
-    for how, guide in (("without", None), ("with", known)):
-        model.known_answers = guide
-        right[how] = count_right(model, held)
-    if right["with"] <= right["without"]:
+    before = _count_right(model, held)
+    model.known_answers = known
+    after = _count_right(model, held)
+    if after <= before:
         raise DataError(
-            f"of {len(held)} questions about pictures set aside {right['with']} are answered right with what "
-            f"was learnt, {right['without']} without: nothing is written"
+            f"of {len(held)} questions about pictures set aside {after} are answered right with what was "
+            f"learnt, {before} before: nothing is written"
         )
     if split != "train-rest":
-        known = fit(look(model, answered_examples(source, split), screen.progress))
-    return known, right, len(held)
+        known = fit(look(model, answered_examples(source, split), screen))
+    return Learnt(known, len(held), before, after)
+
+
+def _count_right(model: VLM, examples: Sequence[Example]) -> int:
+    """How many questions are answered with one of the answers given."""
+    asked = model.ask_batch([Conversation(e.images, e.turns) for e in examples], max_new_tokens=16)
+    return int(sum(exact_match(a.text, e.answers) for a, e in zip(asked, examples, strict=True)))
 
 
 def add_answers(
-    model: VLM, folder: Path, examples: Sequence[Example], judge: Held, without: dict[str, Any]
+    model: VLM,
+    folder: Path,
+    examples: Sequence[Example],
+    judge: Held,
+    without: dict[str, Any],
+    screen: Screen,
 ) -> dict[str, Any]:
     """Learns the answers of a run's examples for its adapter, and writes them if that helps.
 
@@ -199,29 +227,24 @@ def add_answers(
 
     Returns:
         What the judge finds of the adapter in the end.
-
-    Raises:
-        ImageError: a picture cannot be read.
     """
     asked = list(filter(_asks, examples))
     if not asked:
         return without
     try:
-        known = fit(look(model, asked, lambda *_: None))
+        model.known_answers = fit(look(model, asked, screen))
     except DataError as problem:
-        print(f"known answers are not learnt: {problem}")
+        screen.say(f"known answers are not learnt: {problem}")
         return without
-    model.known_answers = known
     found = judge.ask(model)
-    before, after = (scores["scores"].get(EXACT, 0.0) for scores in (without, found))
-    better = after > before
-    print(
-        f"{len(known.answers)} known answers: of the questions set aside {after:.1f} % are right with them, "
-        f"{before:.1f} % without; they are {'kept' if better else 'left out'}"
+    before, after = without["scores"].get(EXACT, 0.0), found["scores"].get(EXACT, 0.0)
+    screen.say(
+        f"{len(model.known_answers.answers)} known answers: of the questions set aside {after:.1f} % are "
+        f"right with them, {before:.1f} % without; they are {'kept' if after > before else 'left out'}"
     )
-    if not better:
+    if after <= before:
         return without
-    save_guide(folder, known)
+    save_guide(folder, model.known_answers)
     return found
 
 
@@ -249,10 +272,12 @@ def main(argv: list[str]) -> int:
         feature_cache=cache_root() / "features",
     )
     with Screen() as screen:
-        known, right, asked = learn(model, args.source, args.split, screen)
-    save_guide(folder, known, out)
+        learnt = learn(model, args.source, args.split, screen)
+    save_guide(folder, learnt.known, out)
     print(
-        f"of {asked} questions about pictures set aside {right['with']} are answered right, "
-        f"{right['without']} before; {out or folder} knows {len(known.answers)} answers now"
+        f"of {learnt.asked} questions about pictures set aside {learnt.after} are answered right, "
+        f"{learnt.before} before; {out or folder} knows {len(learnt.known.answers)} answers now"
     )
+    if model.abstain is not None:
+        print("its threshold for --abstain is gone, being of other answers: `vlm eval calibrate` fits one")
     return 0

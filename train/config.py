@@ -273,8 +273,8 @@ class TrainConfig:
             raise ConfigError("stream goes with the objective likelihood, and without words.steps")
         if len(self.sources) > 1 or any(source.questions or source.limit for source in self.sources):
             raise ConfigError("stream reads one source, without questions or limit")
-        if self.holdout or self.dev or self.pictures:
-            raise ConfigError("stream sets nothing aside: holdout, dev and pictures must be 0")
+        if self.holdout or self.dev or self.pictures or self.answers:
+            raise ConfigError("stream sets nothing aside: holdout, dev and pictures must be 0, answers false")
 
     def _check_preference(self) -> None:
         if not 0 < self.beta < math.inf:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 from vlm.checkpoint import adapter_folder
@@ -28,6 +30,13 @@ def place(args: argparse.Namespace) -> tuple[Path, Path | None]:
     if args.out is None:
         if folder != Path(args.adapter).expanduser():
             raise WeightsError(f"{args.adapter} is no folder of your own: --out DIR says where a copy goes")
-    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise WeightsError(f"{args.out} is not empty: --out takes a new folder")
-    return folder, args.out
+        return folder, None
+    out = args.out.expanduser()
+    try:
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise WeightsError(f"{out} is there already: --out takes a new folder, or an empty one")
+        with tempfile.TemporaryDirectory(dir=next(parent for parent in out.parents if parent.exists())):
+            pass
+    except OSError as problem:
+        raise WeightsError(f"{out} cannot be written: {problem.strerror or problem}") from problem
+    return folder, out

@@ -87,6 +87,8 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         if checks.own(config):
             screen.say(checks.sample_text(model, groups, store, config.seed))
         judge = _judge(config, sources, held, screen)
+        if config.answers and not isinstance(judge, Held):
+            screen.say("answers: none are learnt, as no answers are set aside to show that they help")
         before = _before(model, judge, out) if judge and accelerator.is_main_process else None
         kind = TRAINERS.get(config.objective, Trainer)
         trainer = kind(model, config, groups, store, lambda _: None, accelerator)
@@ -100,7 +102,8 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         saved.features.cache = model.features.cache
         after = judge.ask(saved)
         if config.answers and isinstance(judge, Held):
-            after = add_answers(saved, out, [e for s in sources for e in s.examples], judge, after)
+            examples = [example for source in sources for example in source.examples]
+            after = add_answers(saved, out, examples, judge, after, screen)
         found = judge.report(before, after)
         write_report(out / judge.file, found)
         judge.show(found)

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm import consensus, known_answers
 from vlm.consensus import Consensus
 from vlm.errors import WeightsError
 from vlm.known_answers import KnownAnswers
 from vlm.planes import joined, split
 
-GUIDES = (consensus.PREFIX, known_answers.PREFIX)
+GUIDES = (Consensus.PREFIX, KnownAnswers.PREFIX)
 HALF = torch.finfo(torch.float16).max
 
 
@@ -48,12 +47,12 @@ class AdapterFile:
         Raises:
             WeightsError: damaged, or of other features.
         """
-        found = self._guide(consensus.PREFIX)
+        found = self._guide(Consensus.PREFIX)
         return Consensus.from_tensors(found, width) if found else None
 
     def known_answers(self, width: int) -> KnownAnswers | None:
         """What guides its answers, or None where nobody has fitted it; as `consensus`."""
-        found = self._guide(known_answers.PREFIX)
+        found = self._guide(KnownAnswers.PREFIX)
         return KnownAnswers.from_tensors(found, width) if found else None
 
     def _guide(self, prefix: str) -> dict[str, Tensor]:

@@ -45,11 +45,11 @@ class Answer:
         seconds: wall-clock seconds by stage (`encode`, `decode`), shared by the batch it was part of.
         logprob: natural-log probability of the whole answer and its end, given the prompt.
         tokens: the answer's tokens; the end is not among them.
-        margin: how near another answer was, in natural-log probability. Greedy decoding: the smallest gap
-            between a token that was written and the next likeliest. Beams: the smallest gap between the last
-            hypothesis that was kept and the first that was dropped (and between the two best at the end),
-            also where neither leads to the answer. None where nothing was compared (sampling). Below about
-            1e-3 the last bits decide, and another batch size may give another answer.
+        margin: how near another answer was, in natural-log probability and what guides add to it. Greedy
+            decoding: the smallest gap between a token that was written and the next best. Beams: the smallest
+            gap between the last hypothesis that was kept and the first that was dropped (and between the two
+            best at the end), also where neither leads to the answer. None where nothing was compared
+            (sampling). Below about 1e-3 the last bits decide, and another batch size may give another answer.
         abstained: whether the text is `CANNOT_TELL` in place of what the model was too unsure of.
     """
 

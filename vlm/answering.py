@@ -44,7 +44,7 @@ def answer_all(model: VLM, conversations: Sequence[Conversation], config: Genera
         for group in part:
             for row, seen, members in _rows(model, conversations, group):
                 expected = _expected(model, conversations[members[0][0]], seen, config)
-                guides = [answer_guide(model, conversations[i], seen.features) for i, _ in members]
+                guides = [_guide(model, conversations[i], seen.features, config) for i, _ in members]
                 requests.append(DecodeRequest(row, seen.features, config, expected=expected, guides=guides))
                 asked += members
         encoded = time.perf_counter()
@@ -114,12 +114,18 @@ def _expected(
     return model.consensus.expect(seen.features)
 
 
-def answer_guide(model: VLM, conversation: Conversation, features: Tensor) -> AnswerGuide | None:
-    """Known answers to one question about one picture with these (1, N, D_v) features; None of others."""
-    if model.known_answers is None or len(features) != 1 or len(conversation.turns) != 1:
+def _guide(
+    model: VLM, conversation: Conversation, features: Tensor, config: GenerationConfig
+) -> AnswerGuide | None:
+    """Known answers to the one question of a conversation, where they are wanted."""
+    if len(conversation.turns) != 1 or config.num_beams > 1 or not config.known_answers:
         return None
-    question = conversation.turns[0].text
-    if question == CAPTION_PROMPT:
+    return answer_guide(model, conversation.turns[0].text, features)
+
+
+def answer_guide(model: VLM, question: str, features: Tensor) -> AnswerGuide | None:
+    """Known answers to one question about one picture with these (1, N, D_v) features; None of others."""
+    if model.known_answers is None or len(features) != 1 or question == CAPTION_PROMPT:
         return None
     language = model.language
     expected = model.known_answers.expect(question, features)
@@ -166,7 +172,7 @@ def stream(model: VLM, conversation: Conversation, config: GenerationConfig) -> 
         raise ConfigError("beam search cannot stream: set num_beams=1")
     batch = DecodeBatch(model)
     row, features = shown(model, conversation)
-    guides = [answer_guide(model, conversation, features)]
+    guides = [_guide(model, conversation, features, config)]
     batch.add([DecodeRequest(row, features, config, guides=guides)])
     while len(batch):
         for event in batch.step():

@@ -14,6 +14,8 @@ BLOCK = 64
 """Numbers of a matrix that share a step on disk."""
 MOST = 4 << 20
 """Bytes that a text may take, unpacked."""
+SMALLEST = 1e-9
+"""The least spread of a feature: what is divided by less would no longer be a number."""
 STEP = ".step"
 """Ends the name of a matrix's (n, 1) float16 steps; the matrix itself is (n, BLOCK * bits / 8) uint8."""
 
@@ -46,18 +48,18 @@ def require_packed(held: Mapping[str, Tensor], name: str, bits: int, shape: tupl
     levels, step = held[name], held[name + STEP]
     if levels.shape != (blocks, BLOCK * bits // 8) or levels.dtype != torch.uint8:
         raise ValueError(f"{name} is not of {blocks} blocks")
-    if step.shape != (blocks, 1) or not step.is_floating_point():
+    if step.shape != (blocks, 1) or step.dtype != torch.float16:
         raise ValueError(f"{name} is not of {blocks} steps")
 
 
 def require(held: Mapping[str, Tensor], name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> None:
-    """A tensor of this type (None: fractions, of any precision) and shape (-1: any length).
+    """A tensor of this type (None: fractions of half or single precision) and shape (-1: any length).
 
     Raises:
         KeyError, ValueError: there is none.
     """
     tensor = held[name]
-    fits = tensor.is_floating_point() if kind is None else tensor.dtype == kind
+    fits = tensor.dtype in ((torch.float16, torch.float32) if kind is None else (kind,))
     sizes = tensor.dim() == len(shape) and all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True))
     if not (fits and sizes):
         raise ValueError(f"{name} is no {shape} of {kind or 'fractions'}")
@@ -71,9 +73,18 @@ def require_finite(held: Mapping[str, Tensor]) -> None:
         raise ValueError("a number is not finite")
 
 
+def require_positive(name: str, numbers: Tensor, least: float = 1.0) -> None:
+    """Raises:
+    ValueError: one of the numbers is less.
+    """
+    if not bool((numbers >= least).all()):
+        raise ValueError(f"{name} holds a number below {least}")
+
+
 def squeezed(lines: list[str]) -> Tensor:
     """(n,) uint8: lines of text, compressed."""
-    return torch.frombuffer(bytearray(zlib.compress("\n".join(lines).encode(), 9)), dtype=torch.uint8)
+    content = "\n".join(lines).encode("utf-8", "replace")
+    return torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8)
 
 
 def unsqueezed(content: Tensor) -> list[str]:

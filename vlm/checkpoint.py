@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlm import __version__
-from vlm.adapter_file import GUIDES, file_content, read_adapter, renewed_card, replace_files
+from vlm.adapter_file import file_content, read_adapter, renewed_card, replace_files
 from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
 from vlm.consensus import Consensus
@@ -124,8 +124,7 @@ def save_guide(folder: Path, guide: Consensus | KnownAnswers, out: Path | None =
         WeightsError: a file cannot be read or written.
     """
     old, config, new = read_adapter(folder), read_config(folder), guide.tensors()
-    kinds = tuple(prefix for prefix in GUIDES if any(name.startswith(prefix) for name in new))
-    others = {name: tensor for name, tensor in old.guides.items() if not name.startswith(kinds)}
+    others = {name: tensor for name, tensor in old.guides.items() if not name.startswith(guide.PREFIX)}
     content = file_content(old.tensors, others | new)
     card = renewed_card(folder, old.sha256, content) if out is None else {}
     if isinstance(guide, KnownAnswers):

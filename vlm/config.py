@@ -207,7 +207,7 @@ class GenerationConfig:
             "seed": self.seed is None or -(2**63) <= self.seed < 2**64,
             "length_penalty": math.isfinite(self.length_penalty),
             "consensus": 0 <= self.consensus < math.inf,
-            "known_answers": 0 <= self.known_answers < math.inf,
+            "known_answers": 0 <= self.known_answers <= 1000,
             "batch_size": self.batch_size >= 1,
         }
         for name, fine in checks.items():

@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.blocks import packed, require, require_finite, require_packed, squeezed, unpacked, unsqueezed
+from vlm.blocks import (
+    SMALLEST,
+    packed,
+    require,
+    require_finite,
+    require_packed,
+    require_positive,
+    squeezed,
+    unpacked,
+    unsqueezed,
+)
 from vlm.errors import WeightsError
 from vlm.grams import ORDER, Gram, grams
 
@@ -53,6 +63,7 @@ class Consensus:
         width: D_v of the encoder's features.
 
     Attributes:
+        PREFIX: begins the names of its `tensors`.
         groups: the G word groups that are told apart, with their places.
         rarity: of each, ln(pictures / pictures whose captions hold it).
 
@@ -60,10 +71,13 @@ class Consensus:
         ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
     """
 
+    PREFIX = PREFIX
+
     def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
         self._held = dict(held)
         require(held, "groups", torch.uint8, (-1,))
         require(held, "sizes", torch.int64, (3,))
+        require_positive("sizes", held["sizes"])
         self.groups = {tuple(line.split()): i for i, line in enumerate(unsqueezed(held["groups"]))}
         count, (directions, pictures, rank) = len(self.groups), held["sizes"].tolist()
         wide, high = min(FIRST, directions), min(FIRST, rank)
@@ -81,6 +95,7 @@ class Consensus:
         for name, shape in self._shapes.items():
             require_packed(held, name, MATRICES[name], shape)
         require_finite(held)
+        require_positive("spread", held["spread"], SMALLEST)
         self.rarity: list[float] = held["rarity"].float().tolist()
 
     @classmethod

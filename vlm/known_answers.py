@@ -3,8 +3,8 @@
 Of the answers of a data set, which is right? Kernel ridge regression says so in seconds, from a question's
 words and a picture's frozen features; the language model knows how answers are worded and what its adapter
 has learnt. Both together (a product of experts, Hinton 2002) are right more often than either: each step's
-log-probabilities rise for tokens that lead to an expected answer, and for no other, so that whoever asks
-something unlike all that is known is answered as without.
+log-probabilities rise for tokens that lead to an expected answer, and for no other. Who asks something unlike
+all that is known is answered as without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.blocks import packed, require, require_finite, require_packed, squeezed, unpacked, unsqueezed
+from vlm.blocks import (
+    SMALLEST,
+    packed,
+    require,
+    require_finite,
+    require_packed,
+    require_positive,
+    squeezed,
+    unpacked,
+    unsqueezed,
+)
 from vlm.errors import WeightsError
 from vlm.grams import Gram, grams
 
@@ -32,10 +42,15 @@ SHARPNESS = 2.0
 """Questions are alike by exp(SHARPNESS * cosine of their word groups) - 1, as a share of the largest."""
 SEEING = 3.0
 """What a like picture counts beside a like question alone."""
+STRANGE, FAMILIAR = 0.3, 0.5
+"""A question whose nearest known one is less alike than the first is not guided, from the second on wholly: a
+little of very many that merely begin alike would otherwise add up to much."""
 NOTHING = 0.03
 """Share of a right answer that counts as nothing: below it an expectation is mostly noise."""
 MOST = 48
 """Answers that guide, those that are expected most."""
+LONGEST = 300
+"""Letters of a known question at most."""
 _WORD = re.compile(r"\w+")
 
 
@@ -65,19 +80,25 @@ class KnownAnswers:
         width: D_v of the encoder's features.
 
     Attributes:
+        PREFIX: begins the names of its `tensors`.
         answers: the A answers that are known.
 
     Raises:
         ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
     """
 
+    PREFIX = PREFIX
+
     def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
         self._held = dict(held)
         for name in ("answers", "questions"):
             require(held, name, torch.uint8, (-1,))
         require(held, "sizes", torch.int64, (2,))
+        require_positive("sizes", held["sizes"])
         self.answers = unsqueezed(held["answers"])
         self._questions = unsqueezed(held["questions"])
+        if max(map(len, self._questions)) > LONGEST:
+            raise ValueError(f"a question is longer than {LONGEST} letters")
         pictures, directions = held["sizes"].tolist()
         require(held, "pictures", torch.int32, (len(self._questions),))
         if not bool(((held["pictures"] >= 0) & (held["pictures"] < pictures)).all()):
@@ -92,6 +113,7 @@ class KnownAnswers:
         for name, shape in self._shapes.items():
             require_packed(held, name, MATRICES[name], shape)
         require_finite(held)
+        require_positive("spread", held["spread"], SMALLEST)
 
     @classmethod
     def of(
@@ -116,7 +138,8 @@ class KnownAnswers:
     @cached_property
     def _numbers(self) -> dict[str, Tensor]:
         """Unpacked when the first question is asked: who only captions spends nothing on it."""
-        numbers = {"pictures": self._held["pictures"].long()}
+        numbers = {name: self._held[name].float() for name in ("mean", "spread")}
+        numbers["pictures"] = self._held["pictures"].long()
         for name, bits in MATRICES.items():
             numbers[name] = unpacked(self._held, name, bits, self._shapes[name])
         return numbers
@@ -129,11 +152,12 @@ class KnownAnswers:
     def __call__(self, question: str, features: Tensor) -> Tensor:
         """(I, N, D_v) features -> (I, A)."""
         known = self._numbers
-        unit = standardised(summary(features).cpu(), self._held["mean"], self._held["spread"])
+        unit = standardised(summary(features).cpu(), known["mean"], known["spread"])
         near = (unit @ known["turn"]) @ known["seen"].T
         alike = self._words([plain(question)])
+        trust = ((alike.amax() - STRANGE) / (FAMILIAR - STRANGE)).clamp(0, 1)
         expected: Tensor = joint(alike, near[:, known["pictures"]]) @ known["weigh"]
-        return expected
+        return trust * expected
 
     def expect(self, question: str, features: Tensor) -> list[tuple[str, float]]:
         """The answers expected most of a picture with these (1, N, D_v) features, and how much each is."""
@@ -201,7 +225,7 @@ def standardised(summaries: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
 
 def joint(questions: Tensor, pictures: Tensor) -> Tensor:
     """The kernel of questions about pictures, from how alike questions are and how alike their pictures."""
-    return questions * (1 + SEEING * pictures) / (1 + SEEING)
+    return pictures.mul(SEEING).add_(1).mul_(questions).div_(1 + SEEING)
 
 
 class AnswerGuide:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,10 @@ from vlm.errors import DataError
 from vlm.known_answers import KnownAnswers, QuestionKernel, joint, standardised, summary
 from vlm.train import main
 from vlm.train.answers import RIDGE, Answered, _regressed, answered_examples, fit, look
-from vlm.train.run import make_model
+from vlm.train.config import SourceConfig
+from vlm.train.holdout import EXACT
+from vlm.train.run import make_model, train
+from vlm.train.screen import Screen
 
 if TYPE_CHECKING:
     from vlm.train.config import TrainConfig
@@ -44,7 +48,7 @@ def coloured(tmp_path: Path) -> Path:
     rows = []
     for number in range(80):
         name, colour = list(COLOURS.items())[number % len(COLOURS)]
-        shade = tuple(min(255, part + number // 8) for part in colour)
+        shade = tuple(min(255, part + number // 4) for part in colour)
         Image.new("RGB", (16, 16), shade).save(folder / f"{number}.png")
         rows += [(f"{number}.png", COLOUR, name), (f"{number}.png", SHAPE, "square")]
     return write(folder, rows)
@@ -109,17 +113,45 @@ def test_answers_of_several_people_count_by_their_share() -> None:
 
 
 def test_long_questions_and_many_are_bounded(
-    coloured: Path, recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    coloured: Path,
+    recipe: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[Any],
 ) -> None:
     model = build_model(recipe().model)
     write(coloured, [("1.png", "why " * 100, "so"), ("2.png", COLOUR, "blue"), ("3.png", SHAPE, "square")])
     examples = answered_examples(coloured, "train")
     assert len(examples) == 3
-    found = look(model, examples, lambda *_: None)
+    found = look(model, examples, Screen())
+    assert "1 questions of more than 300 letters are left out" in capsys.readouterr().err
     assert sorted(found.questions) == ["what colour is it", "which shape has the thing"]
+    with pytest.raises(DataError, match="no question is left"):
+        look(model, [e for e in examples if e.answers == ("so",)], Screen())
     monkeypatch.setattr("vlm.train.answers.MOST", 1)
-    found = look(model, examples, lambda *_: None)
+    found = look(model, examples, Screen())
     assert (len(found.questions), len(found.summaries), found.pictures.tolist()) == (1, 1, [0])
+
+
+def test_long_and_broken_answers_are_no_known_ones() -> None:
+    pictures, summaries = torch.zeros(300, dtype=torch.long), torch.randn(1, 8)
+    answers = [("so " * 40,), ("half \ud83d",), ("",)] * 100
+    known = fit(Answered(["what"] * 300, answers, pictures, summaries))
+    assert known.answers == ["half ?"]
+
+
+def test_pictures_that_cannot_be_read_are_counted_and_left_out(
+    coloured: Path, adapter: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    held = {str(example.images[0]) for example in answered_examples(coloured, "dev")}
+    files = [coloured / f"{number}.png" for number in range(80)]
+    spoilt = [next(file for file in files if (str(file) in held) == dev) for dev in (True, False)]
+    for file in spoilt:
+        file.write_bytes(file.read_bytes()[:50] + file.name.encode())
+    assert main.main(["answers", str(adapter), str(coloured), "--offline"]) == 0
+    said = capsys.readouterr()
+    assert _counts(said.out)[0] == 30
+    assert said.err.count("1 pictures cannot be read and are left out") == 2
+    assert all(file.name in said.err for file in spoilt)
 
 
 def test_one_command_writes_them_into_an_adapter(
@@ -159,11 +191,12 @@ def test_a_copy_leaves_the_adapter_as_it_is(
     assert copy.known_answers is not None
     assert copy.abstain is None
     assert command([*ask, "--out", str(out)]) == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
     assert command(ask) == 0
     model = load_model(adapter, offline=True)
     assert model.known_answers is not None
     assert model.abstain is None
+    assert "--abstain is gone" in capsys.readouterr().out
     assert (adapter / "README.md").read_text() == f"made of {read_adapter(adapter).sha256}"
 
 
@@ -214,6 +247,46 @@ def test_what_cannot_be_learnt_is_said(
     place = str(adapter) if name == "adapter" else name
     assert command(["train", "answers", place, str(coloured), "--offline"]) == 1
     assert reason in capsys.readouterr().err
+
+
+def test_a_run_ends_with_answers_where_they_help(
+    coloured: Path,
+    recipe: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[Any],
+) -> None:
+    monkeypatch.setattr("vlm.train.answers.LEAST", 50)
+    monkeypatch.setattr("vlm.data.readers.BAD_SHARE", 0.05)
+    own = SourceConfig(name="", per_image=2)
+    config = replace(recipe(), sources=(own,), data=str(coloured), holdout=0.2, answers=True, steps=2)
+    (coloured / "7.png").write_bytes(b"no picture")  # few enough for training, so for this as well
+    for _ in range(2):  # the second time nothing is left to do but this
+        assert train(config, offline=True)
+        said = capsys.readouterr().err
+        assert (
+            "5 known answers: of the questions set aside 100.0 % are right with them, 0.0 %" in said
+        )
+        found = json.loads((Path(config.out) / "holdout.json").read_text())
+        assert (found["before"][EXACT], found["after"][EXACT]) == (0.0, 100.0)
+        assert load_model(config.out, offline=True).known_answers is not None
+        assert read_adapter(Path(config.out)).sha256 in (Path(config.out) / "README.md").read_text()
+    config = replace(config, out=f"{config.out}-2", holdout=0.0)
+    assert train(config, offline=True)
+    assert "answers: none are learnt" in capsys.readouterr().err
+    assert load_model(config.out, offline=True).known_answers is None
+
+
+def test_captions_do_without(
+    coloured: Path, recipe: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[Any]
+) -> None:
+    with open(coloured / "metadata.csv", "w", newline="") as file:
+        rows = [(f"{number}.png", "a wall") for number in range(80)]
+        csv.writer(file).writerows([("file_name", "caption"), *rows])
+    own = SourceConfig(name="", per_image=2)
+    config = replace(recipe(), sources=(own,), data=str(coloured), holdout=0.2, answers=True, steps=1)
+    assert train(config, offline=True)
+    assert "known answers" not in capsys.readouterr().err
+    assert load_model(config.out, offline=True).known_answers is None
 
 
 def test_captions_are_no_questions(coloured: Path, adapter: Path, capsys: pytest.CaptureFixture[Any]) -> None:

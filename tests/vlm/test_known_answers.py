@@ -12,18 +12,23 @@ import torch
 from torch.nn.functional import normalize
 
 from vlm.adapter_file import read_adapter
+from vlm.blocks import squeezed
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT
 from vlm.conversation import Conversation
 from vlm.errors import ConfigError, WeightsError
 from vlm.known_answers import (
+    FAMILIAR,
     NOTHING,
     PREFIX,
+    STRANGE,
     AnswerGuide,
     KnownAnswers,
     QuestionKernel,
+    joint,
     plain,
     question_groups,
+    standardised,
     summary,
 )
 
@@ -99,6 +104,24 @@ def test_like_questions_about_like_pictures_decide() -> None:
     assert share.argmax(dim=1).tolist() == [0, 0]
     assert [answer for answer, _ in made.expect("What is this?", features[:1])][0] == "a"
     assert made.expect("quo vadis?", features[:1]) == []
+
+
+def test_what_merely_begins_alike_is_not_guided() -> None:
+    made = known(8)
+    features = torch.randn(1, 9, 8)
+    kernel = QuestionKernel(QUESTIONS)
+    for question, trust in (("what is the capital of France?", 0.0), ("what is this?", 1.0)):
+        alike = kernel([plain(question)])
+        assert ((alike.max() - STRANGE) / (FAMILIAR - STRANGE)).clamp(0, 1) == trust
+        assert bool(made(question, features).any()) == bool(trust)
+        assert bool(made.expect(question, features)) == bool(trust)
+    half = "what colour is the old door"
+    trust = float((kernel([half]).max() - STRANGE) / (FAMILIAR - STRANGE))
+    assert 0 < trust < 1
+    unit = standardised(summary(features), torch.zeros(16), torch.ones(16))
+    near = unit @ made._numbers["turn"] @ made._numbers["seen"].T
+    whole = joint(kernel([half]), near) @ made._numbers["weigh"]
+    torch.testing.assert_close(made(half, features), trust * whole)
 
 
 def test_a_guide_raises_the_tokens_that_lead_to_an_answer() -> None:
@@ -271,3 +294,15 @@ def test_what_points_nowhere_is_refused() -> None:
     spoilt = tensors | {f"{PREFIX}mean": torch.full((8,), math.inf)}
     with pytest.raises(WeightsError, match="not finite"):
         KnownAnswers.from_tensors(spoilt, 4)
+    for spread in (0.0, -1.0, 1e-20):
+        with pytest.raises(WeightsError, match="spread holds a number below"):
+            KnownAnswers.from_tensors(tensors | {f"{PREFIX}spread": torch.full((8,), spread)}, 4)
+    for sizes in ([2**28, 0], [3, -1], [0, 0]):  # of the first, one question would fill a gigabyte
+        with pytest.raises(WeightsError, match="sizes holds a number below"):
+            KnownAnswers.from_tensors(tensors | {f"{PREFIX}sizes": torch.tensor(sizes)}, 4)
+    for name in ("mean", "weigh.step"):
+        with pytest.raises(WeightsError, match="is damaged"):
+            KnownAnswers.from_tensors(tensors | {PREFIX + name: tensors[PREFIX + name].double()}, 4)
+    long = {f"{PREFIX}questions": squeezed(["what", "why", "so " * 200])}
+    with pytest.raises(WeightsError, match="longer than 300 letters"):
+        KnownAnswers.from_tensors(tensors | long, 4)

@@ -93,7 +93,8 @@ class Desk:
         hints = [hint for _, hint, _ in seen]
         if any(hints):
             row = await self._worded(lambda: self._row(conversation, answer, hints))
-        return await self._worded(lambda: self._question(conversation, row, seen))
+        asked_alone = _question_of(messages) if len(turns) == 1 else ""
+        return await self._worded(lambda: self._question(asked_alone, row, seen))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -156,9 +157,7 @@ class Desk:
         except ImageError as error:
             raise _bad_image(str(error)) from None
 
-    def _question(
-        self, conversation: Conversation, row: Row, seen: Sequence[tuple[Tensor, str, Tensor]]
-    ) -> Question:
+    def _question(self, text: str, row: Row, seen: Sequence[tuple[Tensor, str, Tensor]]) -> Question:
         import torch
 
         from vlm.answering import answer_guide
@@ -167,7 +166,8 @@ class Desk:
             nothing = self._model.encode([])
             return Question(row, nothing, self._model.latents(nothing))
         features, latents = (torch.cat([one[part] for one in seen]) for part in (0, 2))
-        return Question(row, features, latents, answer_guide(self._model, conversation, features))
+        guide = answer_guide(self._model, text, features) if text else None
+        return Question(row, features, latents, guide)
 
     def _row(self, conversation: Conversation, answer: str | None, hints: Sequence[str] = ()) -> Row:
         try:
@@ -227,6 +227,12 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[str]]:
             raise _bad("A message holds neither words nor a picture.")
         turns.append(Turn("user" if role == "user" else "assistant", tuple(parts)))
     return tuple(turns), urls
+
+
+def _question_of(messages: Sequence[Message]) -> str:
+    """What the user asks, without the words of a system."""
+    said = [_parts(message, []) for message in messages if message.role == "user"]
+    return "\n".join("".join(part for part in parts if isinstance(part, str)) for parts in said)
 
 
 def _parts(message: Message, urls: list[str]) -> list[str | ImageSlot]:
