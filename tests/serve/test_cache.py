@@ -122,14 +122,15 @@ def test_known_answers_guide_a_server_as_they_guide_a_single_question(
     texts, right = ["what is this", "how many are there"] * 100, [("red",), ("two",)] * 100
     seen = torch.randn(1, 2 * model.encoder.width)
     model.known_answers = fit(Answered(texts, right, torch.zeros(200, dtype=torch.long), seen))
+    what, many, blind = (
+        make.user("What is this?", url),
+        make.user("How many are there?", url),
+        make.user("What is it?"),
+    )
+    brief = {"role": "system", "content": "You say as little as you can."}
     with served(model) as client:
-        answers = [
-            ask(client, make.user(question, *urls), temperature=0)[0]["message"]["content"]
-            for question, urls in (
-                ("What is this?", [url]),
-                ("How many are there?", [url]),
-                ("What is this?", []),
-            )
-        ]
-    assert answers[:2] == ["red", "two"]
-    assert answers[2] != "red"
+        for messages, expected in (([what], "red"), ([many], "two"), ([brief, what], "red")):
+            assert ask(client, what, messages=messages, temperature=0)[0]["message"]["content"] == expected
+        said = {"role": "assistant", "content": "It is blue."}
+        for messages in ([blind], [what, said, make.user("What is this?")]):
+            assert ask(client, what, messages=messages, temperature=0)[0]["message"]["content"] != "red"

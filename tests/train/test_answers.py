@@ -263,9 +263,7 @@ def test_a_run_ends_with_answers_where_they_help(
     for _ in range(2):  # the second time nothing is left to do but this
         assert train(config, offline=True)
         said = capsys.readouterr().err
-        assert (
-            "5 known answers: of the questions set aside 100.0 % are right with them, 0.0 %" in said
-        )
+        assert "5 known answers: of the questions set aside 100.0 % are right with them, 0.0 %" in said
         found = json.loads((Path(config.out) / "holdout.json").read_text())
         assert (found["before"][EXACT], found["after"][EXACT]) == (0.0, 100.0)
         assert load_model(config.out, offline=True).known_answers is not None

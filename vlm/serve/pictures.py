@@ -93,8 +93,8 @@ class Desk:
         hints = [hint for _, hint, _ in seen]
         if any(hints):
             row = await self._worded(lambda: self._row(conversation, answer, hints))
-        asked_alone = _question_of(messages) if len(turns) == 1 else ""
-        return await self._worded(lambda: self._question(asked_alone, row, seen))
+        text = _question_of(messages) if len(turns) == 1 else ""
+        return await self._worded(lambda: self._question(text, row, seen))
 
     async def originals(
         self, messages: Sequence[Message], side: int
@@ -158,6 +158,7 @@ class Desk:
             raise _bad_image(str(error)) from None
 
     def _question(self, text: str, row: Row, seen: Sequence[tuple[Tensor, str, Tensor]]) -> Question:
+        """What the engine is asked; `text` is the one question, or empty where there are several turns."""
         import torch
 
         from vlm.answering import answer_guide
@@ -165,7 +166,7 @@ class Desk:
         if not seen:
             nothing = self._model.encode([])
             return Question(row, nothing, self._model.latents(nothing))
-        features, latents = (torch.cat([one[part] for one in seen]) for part in (0, 2))
+        features, latents = torch.cat([one[0] for one in seen]), torch.cat([one[2] for one in seen])
         guide = answer_guide(self._model, text, features) if text else None
         return Question(row, features, latents, guide)
 
