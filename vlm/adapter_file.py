@@ -47,16 +47,11 @@ class AdapterFile:
         Raises:
             WeightsError: damaged, or of other features.
         """
-        found = self._guide(Consensus.PREFIX)
-        return Consensus.from_tensors(found, width) if found else None
+        return Consensus.from_tensors(self.guides, width)
 
     def known_answers(self, width: int) -> KnownAnswers | None:
         """What guides its answers, or None where nobody has fitted it; as `consensus`."""
-        found = self._guide(KnownAnswers.PREFIX)
-        return KnownAnswers.from_tensors(found, width) if found else None
-
-    def _guide(self, prefix: str) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self.guides.items() if name.startswith(prefix)}
+        return KnownAnswers.from_tensors(self.guides, width)
 
 
 def read_adapter(folder: Path) -> AdapterFile:

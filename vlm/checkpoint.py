@@ -21,8 +21,8 @@ from vlm import __version__
 from vlm.adapter_file import file_content, read_adapter, renewed_card, replace_files
 from vlm.adapters.positions import regrid
 from vlm.config import AbstainConfig, ModelConfig, from_dict, to_dict
-from vlm.consensus import Consensus
 from vlm.errors import ConfigError, WeightsError
+from vlm.guide import Guide
 from vlm.known_answers import KnownAnswers
 from vlm.language import LanguageModel
 from vlm.model import VLM, fresh_adapter
@@ -112,7 +112,7 @@ def save_abstain(folder: Path, fitted: AbstainConfig) -> None:
     replace_files(folder, {"config.json": _json_bytes(config)})
 
 
-def save_guide(folder: Path, guide: Consensus | KnownAnswers, out: Path | None = None) -> None:
+def save_guide(folder: Path, guide: Guide, out: Path | None = None) -> None:
     """Writes what guides an adapter into its file, in place of a guide of the same kind; all else stays.
 
     Known answers take the threshold to abstain with them: other answers have other confidences.

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.blocks import (
+from vlm.grams import ORDER, Gram, grams
+from vlm.guide import (
     SMALLEST,
+    Guide,
     packed,
     require,
     require_finite,
@@ -30,11 +32,7 @@ from vlm.blocks import (
     unpacked,
     unsqueezed,
 )
-from vlm.errors import WeightsError
-from vlm.grams import ORDER, Gram, grams
 
-PREFIX = "consensus."
-"""Begins the names of its tensors in `adapter.safetensors`."""
 SURE = 0.7
 """Where the encoder's classifier gives one label this probability, its word counts and no other is expected:
 what people usually say would make a cat a dog, where cats were hardly ever captioned."""
@@ -52,29 +50,22 @@ def word_groups(text: str) -> Counter[Gram]:
     return grams(_WORD.findall(text.lower()))
 
 
-class Consensus:
+class Consensus(Guide):
     """(I, D_v) mean features -> (I, G) how much each word group is expected in a picture's captions.
 
     Kernel ridge regression: a picture's captions are expected to say what was said of those that it is like,
     and more of the liker ones.
 
-    Args:
-        held: its numbers, as `tensors` gives them without `PREFIX`.
-        width: D_v of the encoder's features.
-
     Attributes:
-        PREFIX: begins the names of its `tensors`.
         groups: the G word groups that are told apart, with their places.
         rarity: of each, ln(pictures / pictures whose captions hold it).
-
-    Raises:
-        ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
     """
 
-    PREFIX = PREFIX
+    PREFIX = "consensus."
+    COMMAND = "vlm train consensus"
 
     def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
-        self._held = dict(held)
+        super().__init__(held, width)
         require(held, "groups", torch.uint8, (-1,))
         require(held, "sizes", torch.int64, (3,))
         require_positive("sizes", held["sizes"])
@@ -149,31 +140,10 @@ class Consensus:
         said = self(features.float().mean(dim=1).cpu())[0]
         return Expectation(self, (F.normalize(said, dim=0) * self._numbers["scale"]).tolist())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything it is, by names that begin with `PREFIX`; matrices in 4 or 8 bits a number."""
-        return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in self._held.items()}
-
     def scaled(self, scale: float) -> Consensus:
         """The same, but with expected vectors of that length."""
         width = len(self._held["mean"])
         return Consensus(self._held | {"scale": torch.tensor(scale).half()}, width)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Consensus:
-        """The one whose `tensors` these are; others may stand beside them.
-
-        Raises:
-            WeightsError: one is missing or of another shape.
-        """
-        held = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        try:
-            return cls(held, width)
-        except (KeyError, ValueError, RuntimeError) as problem:
-            reason = " ".join(str(problem).split())
-            raise WeightsError(
-                f"`{PREFIX}*` of adapter.safetensors is damaged, or of an earlier version: {reason}; "
-                "`vlm train consensus` fits it anew"
-            ) from problem
 
 
 def likeness(some: Tensor, others: Tensor) -> Tensor:

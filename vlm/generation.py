@@ -265,9 +265,9 @@ class DecodeBatch:
         allowed = likely.masked_fill(self._banned, float("-inf"))
         for r, row in enumerate(self._slots):
             for k, slot in enumerate(row):
-                if slot.guide is not None:
-                    for token, rise in slot.guide(slot.writer.ids).items():
-                        allowed[r, k, token] += slot.config.known_answers * rise
+                if slot.guide is not None and (rises := slot.guide(slot.writer.ids)):
+                    rise = slot.config.known_answers * allowed.new_tensor(list(rises.values()))
+                    allowed[r, k].index_add_(0, torch.tensor(list(rises), device=allowed.device), rise)
         chosen = allowed.argmax(dim=-1)
         two = allowed.topk(2, dim=-1).values
         gaps = two[..., 0] - two[..., 1]

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.blocks import (
+from vlm.grams import Gram, grams
+from vlm.guide import (
     SMALLEST,
+    Guide,
     packed,
     require,
     require_finite,
@@ -29,11 +31,7 @@ from vlm.blocks import (
     unpacked,
     unsqueezed,
 )
-from vlm.errors import WeightsError
-from vlm.grams import Gram, grams
 
-PREFIX = "answers."
-"""Begins the names of its tensors in `adapter.safetensors`."""
 MATRICES = {"turn": 4, "seen": 8, "weigh": 8}
 """Bits of a number on disk."""
 GROUP = 3
@@ -70,27 +68,20 @@ def summary(features: Tensor) -> Tensor:
     return torch.cat([features.mean(dim=1), features.std(dim=1, correction=0)], dim=1)
 
 
-class KnownAnswers:
+class KnownAnswers(Guide):
     """A question and (I, N, D_v) features of pictures -> (I, A) how much each answer is expected.
 
     Kernel ridge regression on the product of two kernels, of questions and of pictures.
 
-    Args:
-        held: its numbers, as `tensors` gives them without `PREFIX`.
-        width: D_v of the encoder's features.
-
     Attributes:
-        PREFIX: begins the names of its `tensors`.
         answers: the A answers that are known.
-
-    Raises:
-        ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
     """
 
-    PREFIX = PREFIX
+    PREFIX = "answers."
+    COMMAND = "vlm train answers"
 
     def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
-        self._held = dict(held)
+        super().__init__(held, width)
         for name in ("answers", "questions"):
             require(held, name, torch.uint8, (-1,))
         require(held, "sizes", torch.int64, (2,))
@@ -164,27 +155,6 @@ class KnownAnswers:
         shares, places = self(question, features)[0].topk(min(MOST, len(self.answers)))
         found = zip(places.tolist(), shares.tolist(), strict=True)
         return [(self.answers[place], share) for place, share in found if share > 0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything it is, by names that begin with `PREFIX`."""
-        return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in self._held.items()}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> KnownAnswers:
-        """The one whose `tensors` these are; others may stand beside them.
-
-        Raises:
-            WeightsError: one is missing or of another shape.
-        """
-        held = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        try:
-            return cls(held, width)
-        except (KeyError, ValueError, RuntimeError) as problem:
-            reason = " ".join(str(problem).split())
-            raise WeightsError(
-                f"`{PREFIX}*` of adapter.safetensors is damaged, or of another encoder: {reason}; "
-                "`vlm train answers` fits it anew"
-            ) from problem
 
 
 class QuestionKernel:

@@ -15,7 +15,7 @@ from vlm.adapter_file import read_adapter, shrink
 from vlm.answering import _expected
 from vlm.checkpoint import save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT, GenerationConfig
-from vlm.consensus import PREFIX, Consensus, Expectation, word_groups
+from vlm.consensus import Consensus, Expectation, word_groups
 from vlm.conversation import Conversation
 from vlm.errors import WeightsError
 from vlm.features import Seen
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlm.model import VLM
 
 Draw = Callable[..., "Image.Image"]
+PREFIX = Consensus.PREFIX
 
 
 def letters(width: int, seed: int = 0, scale: float = 1.0) -> Consensus:

@@ -12,15 +12,14 @@ import torch
 from torch.nn.functional import normalize
 
 from vlm.adapter_file import read_adapter
-from vlm.blocks import squeezed
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT
 from vlm.conversation import Conversation
 from vlm.errors import ConfigError, WeightsError
+from vlm.guide import squeezed
 from vlm.known_answers import (
     FAMILIAR,
     NOTHING,
-    PREFIX,
     STRANGE,
     AnswerGuide,
     KnownAnswers,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from vlm.model import VLM
 
 Draw = Callable[..., "Image.Image"]
+PREFIX = KnownAnswers.PREFIX
 QUESTIONS = ["what is this", "what colour is the wall", "how many chairs are there"]
 
 

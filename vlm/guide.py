@@ -1,14 +1,17 @@
-"""Numbers of 4 or 8 bits and compressed texts, as tensors of a safetensors file, checked before use."""
+"""What guides an adapter, kept beside its own tensors: numbers of 4 or 8 bits and compressed texts, checked."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlm.errors import WeightsError
 
 BLOCK = 64
 """Numbers of a matrix that share a step on disk."""
@@ -18,6 +21,50 @@ SMALLEST = 1e-9
 """The least spread of a feature: what is divided by less would no longer be a number."""
 STEP = ".step"
 """Ends the name of a matrix's (n, 1) float16 steps; the matrix itself is (n, BLOCK * bits / 8) uint8."""
+
+
+class Guide:
+    """What was fitted once and is kept in a file; a subclass checks all that it is given.
+
+    Args:
+        held: its numbers, as `tensors` gives them without `PREFIX`.
+        width: D_v of the encoder's features.
+
+    Attributes:
+        PREFIX: begins the names of its tensors in `adapter.safetensors`.
+        COMMAND: fits one.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: numbers are missing or of other shapes.
+    """
+
+    PREFIX: ClassVar[str]
+    COMMAND: ClassVar[str]
+
+    def __init__(self, held: Mapping[str, Tensor], width: int) -> None:
+        self._held = dict(held)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it is, by names that begin with `PREFIX`."""
+        return {f"{self.PREFIX}{name}": tensor.contiguous() for name, tensor in self._held.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self | None:
+        """The one among these tensors, or None where there is none.
+
+        Raises:
+            WeightsError: a number is missing or of another shape.
+        """
+        begin = cls.PREFIX
+        held = {name.removeprefix(begin): t for name, t in tensors.items() if name.startswith(begin)}
+        try:
+            return cls(held, width) if held else None
+        except (KeyError, ValueError, RuntimeError) as problem:
+            reason = " ".join(str(problem).split())
+            raise WeightsError(
+                f"`{cls.PREFIX}*` of adapter.safetensors is damaged, of another encoder or of an earlier "
+                f"version: {reason}; `{cls.COMMAND}` fits it anew"
+            ) from problem
 
 
 def packed(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
