@@ -1,4 +1,4 @@
-"""What guides an adapter, kept beside its own tensors: numbers of 4 or 8 bits and compressed texts, checked."""
+"""What guides an adapter, kept beside its own tensors: numbers of 4 or 8 bits and compressed texts."""
 
 from __future__ import annotations
 
