@@ -20,19 +20,18 @@ import torch
 from torch import Tensor
 
 from vlm.checkpoint import save_guide
-from vlm.config import CAPTION_PROMPT
-from vlm.conversation import Conversation
 from vlm.data.collate import image_name
 from vlm.data.example import Example
 from vlm.data.readers import read_source
 from vlm.data.remember import TOGETHER
 from vlm.errors import DataError
 from vlm.eval.metrics.answers import exact_match
+from vlm.guide import usable
 from vlm.images import ImageError, open_picture
 from vlm.known_answers import LONGEST, KnownAnswers, QuestionKernel, joint, plain, standardised, summary
 from vlm.model import VLM
 from vlm.options import add_common, apply_common, make_parser
-from vlm.train.holdout import EXACT, Held
+from vlm.train.holdout import EXACT, Held, is_caption
 from vlm.train.place import add_place, place
 from vlm.train.screen import Screen
 from vlm.weights_cache import cache_root
@@ -45,6 +44,9 @@ TWICE, WIDEST = 2, 100
 """Times that an answer must be given to be known, and its letters at most."""
 LEAST, ASKED = 100, 300
 """Of fewer questions nothing is learnt; asked are at most so many to see whether it helps."""
+
+Summaries = dict[str, Tensor]
+"""(1, 2 * D_v) summaries of pictures by their names."""
 
 
 @dataclass
@@ -77,18 +79,14 @@ def answered_examples(source: str | Path, split: str) -> list[Example]:
 
 
 def _asks(example: Example) -> bool:
-    one = len(example.images) == len(example.turns) == 1
-    return one and example.turns[0].text != CAPTION_PROMPT
+    return len(example.images) == len(example.turns) == 1 and not is_caption(example)
 
 
-def readable(
-    model: VLM, examples: Sequence[Example], screen: Screen
-) -> tuple[list[Example], dict[str, Tensor]]:
-    """The examples whose picture can be read, and what each picture shows; others are counted and named."""
+def readable(model: VLM, examples: Sequence[Example], seen: Summaries, screen: Screen) -> list[Example]:
+    """The examples whose picture can be read; `seen` tells what each shows. Others are counted and named."""
     images = {image_name(example.images[0]): example.images[0] for example in examples}
-    summaries: dict[str, Tensor] = {}
     bad: list[str] = []
-    names = list(images)
+    names = [name for name in images if name not in seen]
     for begin in range(0, len(names), TOGETHER):
         opened = {}
         for name in names[begin : begin + TOGETHER]:
@@ -97,16 +95,19 @@ def readable(
             except ImageError as problem:
                 bad.append(str(problem))
         if opened:
-            seen = summary(model.look(list(opened.values())).features)
-            summaries.update(zip(opened, seen.split(1), strict=True))
+            shown = summary(model.look(list(opened.values())).features)
+            seen.update(zip(opened, shown.split(1), strict=True))
         screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
     if bad:
         screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
-    return [example for example in examples if image_name(example.images[0]) in summaries], summaries
+    return [example for example in examples if image_name(example.images[0]) in seen]
 
 
-def look(model: VLM, examples: Sequence[Example], screen: Screen) -> Answered:
+def look(model: VLM, examples: Sequence[Example], seen: Summaries, screen: Screen) -> Answered:
     """What is asked and shown; questions that are too long are left out and counted.
+
+    Args:
+        seen: pictures that need not be looked at again; the others come to it.
 
     Raises:
         DataError: nothing is left.
@@ -115,15 +116,16 @@ def look(model: VLM, examples: Sequence[Example], screen: Screen) -> Answered:
     if long := len(examples) - len(short):
         screen.say(f"{long} questions of more than {LONGEST} letters are left out")
     some = short if len(short) <= MOST else random.Random(0).sample(short, MOST)
-    kept, summaries = readable(model, some, screen)
+    kept = readable(model, some, seen, screen)
     if not kept:
         raise DataError("no question is left to learn from")
-    places = {name: place for place, name in enumerate(summaries)}
+    names = [image_name(example.images[0]) for example in kept]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return Answered(
         [plain(example.turns[0].text) for example in kept],
         [example.answers for example in kept],
-        torch.tensor([places[image_name(example.images[0])] for example in kept]),
-        torch.cat(list(summaries.values())),
+        torch.tensor([places[name] for name in names]),
+        torch.cat([seen[name] for name in places]),
     )
 
 
@@ -156,8 +158,7 @@ def _regressed(
     questions: Sequence[str], pictures: Tensor, summaries: Tensor, right: Tensor
 ) -> dict[str, Tensor]:
     """The numbers of `KnownAnswers`, from (M, A) shares of right answers."""
-    mean, spread = summaries.mean(dim=0), summaries.std(dim=0, correction=0)
-    spread = spread.clamp(min=1e-3 * float(spread.mean()) + 1e-9)  # what never changes tells nothing
+    mean, spread = summaries.mean(dim=0), usable(summaries.std(dim=0, correction=0))
     unit = standardised(summaries, mean, spread)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -189,8 +190,9 @@ def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> Learnt:
         DataError: too few questions, or no more are answered right.
     """
     taught, held = (answered_examples(source, part) for part in ("train-rest", "dev"))
-    held, _ = readable(model, random.Random(0).sample(held, min(ASKED, len(held))), screen)
-    known = fit(look(model, taught, screen))
+    seen: Summaries = {}
+    held = readable(model, random.Random(0).sample(held, min(ASKED, len(held))), seen, screen)
+    known = fit(look(model, taught, seen, screen))
     screen.say(f"{len(known.answers)} answers are known; {len(held)} questions of dev are asked twice")
     before = _count_right(model, held)
     model.known_answers = known
@@ -201,13 +203,13 @@ def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> Learnt:
             f"learnt, {before} before: nothing is written"
         )
     if split != "train-rest":
-        known = fit(look(model, answered_examples(source, split), screen))
+        known = fit(look(model, answered_examples(source, split), seen, screen))
     return Learnt(known, len(held), before, after)
 
 
 def _count_right(model: VLM, examples: Sequence[Example]) -> int:
     """How many questions are answered with one of the answers given."""
-    asked = model.ask_batch([Conversation(e.images, e.turns) for e in examples], max_new_tokens=16)
+    asked = model.ask_batch(examples, max_new_tokens=16)
     return int(sum(exact_match(a.text, e.answers) for a, e in zip(asked, examples, strict=True)))
 
 
@@ -232,7 +234,7 @@ def add_answers(
     if not asked:
         return without
     try:
-        model.known_answers = fit(look(model, asked, screen))
+        model.known_answers = fit(look(model, asked, {}, screen))
     except DataError as problem:
         screen.say(f"known answers are not learnt: {problem}")
         return without

@@ -26,6 +26,7 @@ from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_
 from vlm.errors import DataError
 from vlm.features import Features
 from vlm.grams import Gram, unit
+from vlm.guide import usable
 from vlm.images import open_picture
 from vlm.options import add_common, apply_common, make_parser
 from vlm.train.place import add_place, place
@@ -124,8 +125,7 @@ def _regressed(pooled: Tensor, targets: Tensor) -> dict[str, Tensor]:
         pooled: (M, D_v) mean features.
         targets: (M, G) what is said of each picture beyond what is usual.
     """
-    mean, spread = pooled.mean(dim=0), pooled.std(dim=0)
-    spread = spread.clamp(min=1e-3 * float(spread.mean()) + 1e-9)  # what never changes tells nothing
+    mean, spread = pooled.mean(dim=0), usable(pooled.std(dim=0))
     unit = F.normalize((pooled - mean) / spread, dim=1)
     turn = torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)[:, :DIRECTIONS]
     seen = unit @ turn

@@ -77,8 +77,8 @@ class Asked:
 
 def ask(model: VLM, examples: Sequence[Example]) -> Asked:
     """Asks every example: captions by beam search, questions greedily."""
-    captions = [i for i, e in enumerate(examples) if _is_caption(e)]
-    questions = [i for i, e in enumerate(examples) if not _is_caption(e)]
+    captions = [i for i, e in enumerate(examples) if is_caption(e)]
+    questions = [i for i, e in enumerate(examples) if not is_caption(e)]
     answers = [""] * len(examples)
     for places, options in (
         (captions, {"num_beams": 3, "max_new_tokens": 32}),
@@ -90,7 +90,8 @@ def ask(model: VLM, examples: Sequence[Example]) -> Asked:
     return Asked(answers, _scores(examples, answers, captions, questions))
 
 
-def _is_caption(example: Example) -> bool:
+def is_caption(example: Example) -> bool:
+    """Whether a caption is asked for."""
     return example.turns[-1].text == CAPTION_PROMPT
 
 

@@ -128,6 +128,11 @@ def require_positive(name: str, numbers: Tensor, least: float = 1.0) -> None:
         raise ValueError(f"{name} holds a number below {least}")
 
 
+def usable(spread: Tensor) -> Tensor:
+    """Spreads of features to divide by; what never changes tells nothing, and must not become loud."""
+    return spread.clamp(min=1e-3 * float(spread.mean()) + SMALLEST)
+
+
 def squeezed(lines: list[str]) -> Tensor:
     """(n,) uint8: lines of text, compressed."""
     content = "\n".join(lines).encode("utf-8", "replace")

@@ -122,13 +122,13 @@ def test_long_questions_and_many_are_bounded(
     write(coloured, [("1.png", "why " * 100, "so"), ("2.png", COLOUR, "blue"), ("3.png", SHAPE, "square")])
     examples = answered_examples(coloured, "train")
     assert len(examples) == 3
-    found = look(model, examples, Screen())
+    found = look(model, examples, {}, Screen())
     assert "1 questions of more than 300 letters are left out" in capsys.readouterr().err
     assert sorted(found.questions) == ["what colour is it", "which shape has the thing"]
     with pytest.raises(DataError, match="no question is left"):
-        look(model, [e for e in examples if e.answers == ("so",)], Screen())
+        look(model, [e for e in examples if e.answers == ("so",)], {}, Screen())
     monkeypatch.setattr("vlm.train.answers.MOST", 1)
-    found = look(model, examples, Screen())
+    found = look(model, examples, {}, Screen())
     assert (len(found.questions), len(found.summaries), found.pictures.tolist()) == (1, 1, [0])
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from vlm import weights
@@ -79,6 +80,15 @@ def one_line(run: Callable[[], object]) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def damages(tensors: dict[str, torch.Tensor], name: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors without the one of this name, then with others in its place."""
+    yield {key: value for key, value in tensors.items() if key != name}
+    stored = tensors[name]
+    other = stored.long() if stored.is_floating_point() else stored.float()
+    for wrong in (torch.zeros(3, 3), other, torch.tensor(10**15)):
+        yield tensors | {name: wrong}
 
 
 # --- stand-ins ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers import damages
 from torch.nn.functional import normalize
 
 from vlm.adapter_file import read_adapter
@@ -270,14 +271,9 @@ def test_numbers_are_kept_in_a_few_bits() -> None:
 )
 def test_damaged_ones_are_named(name: str) -> None:
     tensors = known(4).tensors()
-    missing = {key: value for key, value in tensors.items() if key != PREFIX + name}
-    with pytest.raises(WeightsError, match="is damaged"):
-        KnownAnswers.from_tensors(missing, 4)
-    stored = tensors[PREFIX + name]
-    other = stored.long() if stored.is_floating_point() else stored.float()
-    for wrong in (torch.zeros(3, 3), other, torch.tensor(10**15)):
-        with pytest.raises(WeightsError, match="damaged"):
-            KnownAnswers.from_tensors(tensors | {PREFIX + name: wrong}, 4)
+    for damaged in damages(tensors, KnownAnswers.PREFIX + name):
+        with pytest.raises(WeightsError, match="is damaged"):
+            KnownAnswers.from_tensors(damaged, 4)
     with pytest.raises(WeightsError, match="of another encoder"):
         KnownAnswers.from_tensors(tensors, 5)
 
