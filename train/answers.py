@@ -272,6 +272,7 @@ def main(argv: list[str]) -> int:
         device=args.device,
         dtype=args.dtype,
         feature_cache=cache_root() / "features",
+        guides=False,
     )
     with Screen() as screen:
         learnt = learn(model, args.source, args.split, screen)

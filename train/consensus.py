@@ -2,10 +2,10 @@
 
     vlm train consensus ADAPTER SRC [--out DIR]    two minutes; SRC is anything that holds captions
 
-The frozen features of every picture are looked up or computed, and the captions' mean tf-idf vectors are
-regressed on them (kernel ridge regression; `vlm.consensus` keeps it in a few bits a number). A tenth of
-the pictures is set aside first: if their captions are not foretold better than by one guess for all, nothing
-is written.
+The frozen features and labels of every picture are looked up or computed, and the captions' mean tf-idf
+vectors are regressed on them (kernel ridge regression; `vlm.consensus` keeps it in a few bits a number). A
+tenth of the pictures is set aside first: if their captions are not foretold better than by one guess for all,
+nothing is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.checkpoint import save_guide
-from vlm.consensus import Consensus, likeness, word_groups
+from vlm.consensus import Consensus, likeness, portrait, word_groups
 from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_picture
 from vlm.errors import DataError
 from vlm.features import Features
@@ -36,7 +36,7 @@ from vlm.weights_cache import cache_root
 VIEWS = ("whole", "flip")
 RIDGE, MOST = 0.3, 6000
 """Of the regression; pictures that are kept, a random part where there are more."""
-GROUPS, DIRECTIONS, RANK = 18_000, 384, 256
+GROUPS, DIRECTIONS, RANK = 18_000, 512, 512
 """Word groups that are told apart, those that weigh most in the captions; directions in which pictures are
 compared; rank of what is said of them. More is better by little, and an adapter must not grow."""
 LEAST = 5
@@ -53,15 +53,18 @@ class Captioned:
 
     Attributes:
         pooled: (M, V, D_v) mean features of M pictures in each view.
+        scores: (M, C) probabilities of the encoder's labels, of the first view; C is 0 where it has none.
         captions: of each picture.
     """
 
     pooled: Tensor
+    scores: Tensor
     captions: list[list[str]]
 
     def part(self, places: Sequence[int]) -> Captioned:
         """Some of the pictures."""
-        return Captioned(self.pooled[list(places)], [self.captions[i] for i in places])
+        picked = list(places)
+        return Captioned(self.pooled[picked], self.scores[picked], [self.captions[i] for i in picked])
 
 
 class Targets:
@@ -112,29 +115,31 @@ def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets, Tensor]:
     usual = torch.tensor([total[group] / len(vectors) for group in kept])
     some = torch.randperm(len(vectors))[:MOST].tolist()
     said = _dense([vectors[i] for i in some], {group: i for i, group in enumerate(kept)})
-    numbers = _regressed(data.pooled[some].mean(dim=1), said.sub_(usual))
+    numbers = _regressed(data.pooled[some].mean(dim=1), data.scores[some], said.sub_(usual))
     rarity = torch.tensor([targets.rarity(group) for group in kept])
     rest = {"usual": usual, "rarity": rarity, "scale": torch.ones(())}
     return Consensus.of(kept, numbers | rest), targets, usual
 
 
-def _regressed(pooled: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _regressed(pooled: Tensor, scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Kernel ridge regression, in the directions that matter most.
 
     Args:
         pooled: (M, D_v) mean features.
+        scores: (M, C) probabilities of the encoder's labels.
         targets: (M, G) what is said of each picture beyond what is usual.
     """
-    mean, spread = pooled.mean(dim=0), usable(pooled.std(dim=0))
-    unit = F.normalize((pooled - mean) / spread, dim=1)
-    turn = torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)[:, :DIRECTIONS]
-    seen = unit @ turn
+    usual = {"mean": pooled.mean(dim=0), "spread": usable(pooled.std(dim=0))}
+    usual["named"] = scores.sqrt().mean(dim=0)
+    shown = portrait(pooled, scores, usual)
+    turn = torch.linalg.eigh(shown.T @ shown).eigenvectors.flip(1)[:, :DIRECTIONS]
+    seen = shown @ turn
     lower = torch.linalg.cholesky(likeness(seen, seen) + RIDGE * torch.eye(len(targets)))
     said = torch.cholesky_solve(targets, lower)
     # What it says of the taught pictures: the directions in which that differs most are those that are kept.
     fitted = torch.sub(targets, said, alpha=RIDGE)
     _, _, say = torch.svd_lowrank(fitted, min(RANK, *fitted.shape))
-    return {"mean": mean, "spread": spread, "turn": turn, "seen": seen, "weigh": said @ say, "say": say.T}
+    return usual | {"turn": turn, "seen": seen, "weigh": said @ say, "say": say.T}
 
 
 def _dense(vectors: Sequence[Vector], groups: Mapping[Gram, int]) -> Tensor:
@@ -175,7 +180,7 @@ def learn(data: Captioned, seed: int = 0) -> Learnt:
     vectors = [targets.vector(texts) for texts in held.captions]
     lengths = torch.tensor([math.sqrt(sum(w * w for w in vector.values())) for vector in vectors]) + 1e-9
     true = _dense(vectors, first.groups)
-    products = (F.normalize(first(held.pooled[:, 0]), dim=1) * true).sum(dim=1)
+    products = (F.normalize(first(held.pooled[:, 0], held.scores), dim=1) * true).sum(dim=1)
     cosine, single = (
         float((product / lengths).mean()) for product in (products, true @ F.normalize(guess, dim=0))
     )
@@ -189,19 +194,21 @@ def learn(data: Captioned, seed: int = 0) -> Learnt:
 
 
 def captioned(source: str | Path, features: Features, split: str, progress: Progress) -> Captioned:
-    """The mean features and the captions of a source's pictures.
+    """What a source's pictures show, and their captions.
 
     Raises:
         DataError: the part cannot be read or holds no captions.
         ImageError: a picture cannot be read.
     """
     found = list(captions_by_picture(source, split).values())
-    pooled = []
+    pooled, scores = [], []
     for begin in range(0, len(found), TOGETHER):
         pictures = [open_picture(image) for image, _ in found[begin : begin + TOGETHER]]
-        pooled.append(torch.stack([features(pictures, view).mean(dim=1) for view in VIEWS], dim=1).cpu())
+        seen = [features.see(pictures, view, scored=view == VIEWS[0]) for view in VIEWS]
+        pooled.append(torch.stack([one.features.mean(dim=1) for one in seen], dim=1).cpu())
+        scores.append(seen[0].scores.cpu())
         progress("looking at pictures", begin + len(pictures), len(found))
-    return Captioned(torch.cat(pooled), [captions for _, captions in found])
+    return Captioned(torch.cat(pooled), torch.cat(scores), [captions for _, captions in found])
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_DECODING, CAPTION_PROMPT
 from vlm.data.collate import seeded
 from vlm.data.example import Example
 from vlm.eval.metrics.answers import exact_match
@@ -81,7 +81,7 @@ def ask(model: VLM, examples: Sequence[Example]) -> Asked:
     questions = [i for i, e in enumerate(examples) if not is_caption(e)]
     answers = [""] * len(examples)
     for places, options in (
-        (captions, {"num_beams": 3, "max_new_tokens": 32}),
+        (captions, CAPTION_DECODING),
         (questions, {"max_new_tokens": 24}),
     ):
         found = model.ask_batch([examples[i] for i in places], **options) if places else []

@@ -218,9 +218,8 @@ def make_model(config: TrainConfig, offline: bool, start: str = "") -> VLM:
     torch.manual_seed(config.seed)
     start = start or config.start
     if start:
-        model = load_model(start, offline=offline, size=config.size)
-        # Not carried over, so that answers are compared without them before and after.
-        model.consensus = model.known_answers = None
+        # What guides it is not carried over, so that answers are compared without it before and after.
+        model = load_model(start, offline=offline, size=config.size, guides=False)
     else:
         model = build_model(config.model, offline=offline)
         mup.initialise(model.adapter, mup.scales(model, config.optim.mup_base))

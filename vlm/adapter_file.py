@@ -1,4 +1,4 @@
-"""`adapter.safetensors`: an adapter's own tensors, whole or halved, and what guides it."""
+"""`adapter.safetensors`: an adapter's own tensors, whole or rounded, and what guides it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vlm.consensus import Consensus
 from vlm.errors import WeightsError
 from vlm.known_answers import KnownAnswers
-from vlm.planes import joined, split
+from vlm.quantised import STEP, dequantise_all, quantise_large
 
 GUIDES = (Consensus.PREFIX, KnownAnswers.PREFIX)
-HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,36 @@ class AdapterFile:
     """What an adapter's file holds.
 
     Attributes:
-        tensors: the adapter's own, by name.
+        tensors: the adapter's own by name, in whatever precision but 8 bits.
+        stored: the same as they stand in the file.
         guides: those of what guides its captions and answers, by names that begin with one of `GUIDES`.
         sha256: of the file.
         size: of the file, in bytes.
     """
 
     tensors: dict[str, Tensor]
+    stored: dict[str, Tensor]
     guides: dict[str, Tensor]
     sha256: str
     size: int
 
-    def consensus(self, width: int) -> Consensus | None:
+    def consensus(self, width: int, labels: int | None = None) -> Consensus | None:
         """What guides its captions, or None where nobody has fitted it.
 
         Args:
             width: D_v of the encoder's features.
+            labels: C of its classifier; None where the encoder is not at hand.
 
         Raises:
-            WeightsError: damaged, or of other features.
+            WeightsError: damaged, or of another encoder.
         """
-        return Consensus.from_tensors(self.guides, width)
+        found = Consensus.from_tensors(self.guides, width)
+        if found is not None and labels is not None and found.labels != labels:
+            raise WeightsError(
+                f"captions are guided by {found.labels} labels of an encoder, this one has {labels}: "
+                f"`{found.COMMAND}` fits the guide anew"
+            )
+        return found
 
     def known_answers(self, width: int) -> KnownAnswers | None:
         """What guides its answers, or None where nobody has fitted it; as `consensus`."""
@@ -69,41 +76,47 @@ def read_adapter(folder: Path) -> AdapterFile:
         stored, digest, size = load(content), hashlib.sha256(content).hexdigest(), len(content)
     except (OSError, SafetensorError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
+    except KeyError as problem:  # a type of numbers that this library does not know
+        raise WeightsError(f"{path} holds numbers of an unknown type: {problem}") from problem
     del content  # what stands in memory at once decides which machine is large enough
     guides = {name: stored.pop(name) for name in list(stored) if name.startswith(GUIDES)}
     try:
-        tensors = joined(stored)
+        tensors = dequantise_all(stored)
     except ValueError as problem:
-        raise WeightsError(f"{path} is damaged: {problem}") from problem
+        raise WeightsError(
+            f"{path} is damaged, or was shrunk by another version of vlm-adapters: {problem}"
+        ) from problem
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
         raise WeightsError(f"{path} is spoilt: {broken[0]} is not finite")
-    return AdapterFile(tensors, guides, digest, size)
+    return AdapterFile(tensors, stored, guides, digest, size)
 
 
 def shrink(folder: Path) -> tuple[int, int]:
-    """Rewrites an adapter's numbers in half precision, their bytes so that they take least (`vlm.planes`).
+    """Rewrites an adapter's matrices in 8 bits a number (`vlm.quantised`).
 
     Returns:
         Bytes of its file before and after.
 
     Raises:
-        WeightsError: the file cannot be read or written, or a number is too large for half precision.
+        WeightsError: the file cannot be read or written, or a number is too large.
     """
     old = read_adapter(folder)
-    halves = {name: tensor.half() for name, tensor in old.tensors.items()}
-    if broken := sorted(name for name, tensor in halves.items() if not tensor.isfinite().all()):
-        raise WeightsError(f"{folder} cannot be halved: {broken[0]} has numbers beyond {HALF:.0f}")
-    content = file_content(halves, old.guides)
+    small = quantise_large(old.stored)
+    if broken := sorted(name for name, tensor in small.items() if not tensor.isfinite().all()):
+        raise WeightsError(
+            f"{folder} cannot be shrunk: {broken[0].removesuffix(STEP)} holds numbers beyond 8e6"
+        )
+    content = file_content(small, old.guides)
     replace_files(folder, {"adapter.safetensors": content, **renewed_card(folder, old.sha256, content)})
     return old.size, len(content)
 
 
-def file_content(own: Mapping[str, Tensor], guides: Mapping[str, Tensor]) -> bytes:
+def file_content(stored: Mapping[str, Tensor], guides: Mapping[str, Tensor]) -> bytes:
     """The bytes of an adapter's file that holds these tensors."""
     from safetensors.torch import save
 
-    return save(split(own) | dict(guides), metadata={"format": "pt"})
+    return save({**stored, **guides}, metadata={"format": "pt"})
 
 
 def renewed_card(folder: Path, digest: str, content: bytes) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm.answer import Answer, Usage
 from vlm.beams import beam_search
 from vlm.config import CAPTION_PROMPT, GenerationConfig
-from vlm.consensus import SURE, Expectation
+from vlm.consensus import Expectation
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
 from vlm.features import Seen
@@ -109,9 +109,9 @@ def _expected(
     asked = [turn.text for turn in conversation.turns]
     if model.consensus is None or asked != [CAPTION_PROMPT] or len(seen.features) != 1:
         return None
-    if config.num_beams == 1 or not config.consensus or (seen.scores >= SURE).any():
+    if config.num_beams == 1 or not config.consensus:
         return None
-    return model.consensus.expect(seen.features)
+    return model.consensus.expect(seen, model.encoder.labels)
 
 
 def _guide(

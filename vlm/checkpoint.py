@@ -125,7 +125,7 @@ def save_guide(folder: Path, guide: Guide, out: Path | None = None) -> None:
     """
     old, config, new = read_adapter(folder), read_config(folder), guide.tensors()
     others = {name: tensor for name, tensor in old.guides.items() if not name.startswith(guide.PREFIX)}
-    content = file_content(old.tensors, others | new)
+    content = file_content(old.stored, others | new)
     card = renewed_card(folder, old.sha256, content) if out is None else {}
     if isinstance(guide, KnownAnswers):
         config.pop("abstain", None)
@@ -162,10 +162,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     Raises:
         WeightsError: the disk is full or the folder cannot be written; what was there stays.
     """
-    from safetensors.torch import save
-
     files = {
-        "adapter.safetensors": save(dict(tensors), metadata={"format": "pt"}),
+        "adapter.safetensors": file_content(tensors, {}),
         "config.json": _json_bytes(config),
         "README.md": card.encode(),
     }
@@ -220,12 +218,14 @@ def load_model(
     offline: bool = False,
     allow_different_frozen: bool = False,
     size: int = 0,
+    guides: bool = True,
 ) -> VLM:
     """A whole model from an adapter; see `VLM.from_pretrained`.
 
     Args:
         size: side of the pictures in pixels, where it shall be another one than the adapter was trained with:
-            its positions are interpolated.
+            its positions are interpolated, and what guides it, being of its own size, stays out.
+        guides: whether what guides its captions and answers is loaded.
     """
     folder = adapter_folder(adapter, offline=offline)
     values = read_config(folder)
@@ -235,33 +235,34 @@ def load_model(
     abstain = abstain_config(folder, values)
     model = build_model(config, device=device, dtype=dtype, offline=offline)
     _check_frozen(model, values["hashes"], folder, allow_different_frozen)
-    load_adapter(model, folder, values["features"]["tokens"] if size else 0)
+    load_adapter(model, folder, values["features"]["tokens"] if size else 0, guides=guides and not size)
     model.adapter_name, model.abstain = str(adapter), abstain
     return model
 
 
-def load_adapter(model: VLM, folder: Path, tokens: int = 0) -> None:
+def load_adapter(model: VLM, folder: Path, tokens: int = 0, *, guides: bool = True) -> None:
     """Loads an adapter's tensors, all of them and no others, into a model built for them, and what guides it.
 
     Args:
         tokens: image tokens that its positions are of, where the model's may be others.
+        guides: whether what guides it is loaded, too.
 
     Raises:
         WeightsError: names or shapes differ, or a number is none.
     """
-    file = read_adapter(folder)
-    tensors = regrid(file.tensors, tokens, model.encoder.tokens) if tokens else file.tensors
+    file, encoder = read_adapter(folder), model.encoder
+    captions = file.consensus(encoder.width, len(encoder.labels)) if guides else None
+    answers = file.known_answers(encoder.width) if guides else None
+    tensors = regrid(file.tensors, tokens, encoder.tokens) if tokens else file.tensors
     try:
-        model.adapter.load_state_dict(tensors, strict=True)  # float16 files become float32 on the way
+        model.adapter.load_state_dict(tensors, strict=True)
     except RuntimeError as problem:
         reason = " ".join(str(problem).split())
         raise WeightsError(
             f"{folder / 'adapter.safetensors'} does not fit its config.json: {reason}"
         ) from problem
     model.hashes["adapter"] = file.sha256
-    # They were fitted to features of pictures of the adapter's own size.
-    model.consensus = None if tokens else file.consensus(model.encoder.width)
-    model.known_answers = None if tokens else file.known_answers(model.encoder.width)
+    model.consensus, model.known_answers = captions, answers
 
 
 def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> None:

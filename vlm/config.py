@@ -13,6 +13,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from vlm.errors import ConfigError
 
 CAPTION_PROMPT = "Describe the picture."
+CAPTION_BEAMS = 8
+CAPTION_DECODING = {"num_beams": CAPTION_BEAMS, "max_new_tokens": 32}
+"""How captions are measured."""
 
 T = TypeVar("T")
 

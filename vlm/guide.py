@@ -1,26 +1,20 @@
-"""What guides an adapter, kept beside its own tensors: numbers of 4 or 8 bits and compressed texts."""
+"""What guides an adapter, kept beside its own tensors: quantised numbers, compressed texts."""
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.errors import WeightsError
 
-BLOCK = 64
-"""Numbers of a matrix that share a step on disk."""
 MOST = 4 << 20
 """Bytes that a text may take, unpacked."""
 SMALLEST = 1e-9
 """The least spread of a feature: what is divided by less would no longer be a number."""
-STEP = ".step"
-"""Ends the name of a matrix's (n, 1) float16 steps; the matrix itself is (n, BLOCK * bits / 8) uint8."""
 
 
 class Guide:
@@ -65,38 +59,6 @@ class Guide:
                 f"`{cls.PREFIX}*` of adapter.safetensors is damaged, of another encoder or of an earlier "
                 f"version: {reason}; `{cls.COMMAND}` fits it anew"
             ) from problem
-
-
-def packed(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
-    """A matrix in 4 or 8 bits a number; the last block is filled up with zeros."""
-    top = 2 ** (bits - 1) - 1
-    count = -(-matrix.numel() // BLOCK)
-    blocks = F.pad(matrix.flatten(), (0, count * BLOCK - matrix.numel())).view(count, BLOCK)
-    step = (blocks.abs().amax(dim=1, keepdim=True) / top).clamp(min=1e-7).half()
-    levels = (blocks / step.float()).round().clamp(-top, top).to(torch.int16) + top + 1
-    halved = levels if bits == 8 else levels[:, ::2] * 16 + levels[:, 1::2]
-    return {name: halved.to(torch.uint8), name + STEP: step}
-
-
-def unpacked(held: Mapping[str, Tensor], name: str, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The float32 matrix that `packed` was given, to within half a step."""
-    levels = held[name]
-    if bits == 4:
-        levels = torch.stack([levels >> 4, levels & 15], dim=2).flatten(1)
-    numbers = (levels.float() - 2 ** (bits - 1)) * held[name + STEP].float()
-    return numbers.flatten()[: math.prod(shape)].view(shape)
-
-
-def require_packed(held: Mapping[str, Tensor], name: str, bits: int, shape: tuple[int, ...]) -> None:
-    """Raises:
-    KeyError, ValueError: there is no such matrix of this shape and number of bits.
-    """
-    blocks = -(-math.prod(shape) // BLOCK)
-    levels, step = held[name], held[name + STEP]
-    if levels.shape != (blocks, BLOCK * bits // 8) or levels.dtype != torch.uint8:
-        raise ValueError(f"{name} is not of {blocks} blocks")
-    if step.shape != (blocks, 1) or step.dtype != torch.float16:
-        raise ValueError(f"{name} is not of {blocks} steps")
 
 
 def require(held: Mapping[str, Tensor], name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> None:

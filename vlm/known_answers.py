@@ -22,15 +22,13 @@ from vlm.grams import Gram, grams
 from vlm.guide import (
     SMALLEST,
     Guide,
-    packed,
     require,
     require_finite,
-    require_packed,
     require_positive,
     squeezed,
-    unpacked,
     unsqueezed,
 )
+from vlm.quantised import dequantise, quantise, require_quantised
 
 MATRICES = {"turn": 4, "seen": 8, "weigh": 8}
 """Bits of a number on disk."""
@@ -102,7 +100,7 @@ class KnownAnswers(Guide):
             "weigh": (len(self._questions), len(self.answers)),
         }
         for name, shape in self._shapes.items():
-            require_packed(held, name, MATRICES[name], shape)
+            require_quantised(held, name, MATRICES[name], shape)
         require_finite(held)
         require_positive("spread", held["spread"], SMALLEST)
 
@@ -123,7 +121,7 @@ class KnownAnswers(Guide):
         held |= {"pictures": numbers["pictures"].int(), "sizes": torch.tensor(numbers["seen"].shape)}
         held |= {"questions": squeezed(list(questions)), "answers": squeezed(list(answers))}
         for name, bits in MATRICES.items():
-            held |= packed(name, numbers[name], bits)
+            held |= quantise(name, numbers[name], bits)
         return cls(held, numbers["turn"].shape[0] // 2)
 
     @cached_property
@@ -132,7 +130,7 @@ class KnownAnswers(Guide):
         numbers = {name: self._held[name].float() for name in ("mean", "spread")}
         numbers["pictures"] = self._held["pictures"].long()
         for name, bits in MATRICES.items():
-            numbers[name] = unpacked(self._held, name, bits, self._shapes[name])
+            numbers[name] = dequantise(self._held, name, bits, self._shapes[name][1])
         return numbers
 
     @cached_property

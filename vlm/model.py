@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from vlm.adapters import Adapter, Conditioning, build_adapter
 from vlm.answer import CANNOT_TELL, Answer
-from vlm.config import CAPTION_PROMPT, AbstainConfig, GenerationConfig, ModelConfig, from_dict
+from vlm.config import (
+    CAPTION_BEAMS,
+    CAPTION_PROMPT,
+    AbstainConfig,
+    GenerationConfig,
+    ModelConfig,
+    from_dict,
+)
 from vlm.consensus import Consensus
 from vlm.conversation import Conversation, ImageSource
 from vlm.errors import ConfigError
@@ -35,8 +42,6 @@ from vlm.vision import Encoder
 
 if TYPE_CHECKING:
     from vlm.chat import Chat
-
-CAPTION_BEAMS = 3
 
 
 class VLM(nn.Module):
@@ -92,6 +97,7 @@ class VLM(nn.Module):
         allow_different_frozen: bool = False,
         feature_cache: Path | None = None,
         memory: Path | None = None,
+        guides: bool = True,
     ) -> VLM:
         """Loads an adapter (a shipped id, a folder or a hub id) and the frozen parts it was trained with.
 
@@ -100,6 +106,7 @@ class VLM(nn.Module):
             allow_different_frozen: go on, with a warning, when the frozen weights' hashes differ.
             feature_cache: folder of a feature cache to read and fill; None keeps no features on disk.
             memory: folder of remembered pictures (`vlm data remember`), whose captions are told.
+            guides: whether what guides its captions and answers comes with it.
 
         Raises:
             WeightsError: something is missing, damaged or not what the adapter was trained with.
@@ -113,6 +120,7 @@ class VLM(nn.Module):
             dtype=dtype,
             offline=offline,
             allow_different_frozen=allow_different_frozen,
+            guides=guides,
         )
         if feature_cache is not None:
             model.features.cache = FeatureCache(feature_cache)
@@ -203,8 +211,9 @@ class VLM(nn.Module):
         return seen.features.to(self.device), self.told(seen, pictures)
 
     def look(self, pictures: Sequence[Picture], view: str = "whole") -> Seen:
-        """What the encoder makes of pictures; its labels are not asked for where hints are off."""
-        return self.features.see(pictures, view, scored=self.config.hints.count > 0)
+        """What the encoder makes of pictures; its labels are asked for where hints or captions want them."""
+        scored = self.config.hints.count > 0 or self.consensus is not None
+        return self.features.see(pictures, view, scored=scored)
 
     def told(self, seen: Seen, pictures: Sequence[Picture]) -> list[str]:
         """What is told of each picture."""

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from vlm.config import CAPTION_DECODING
 from vlm.data.example import Example
 from vlm.data.sources import read_dataset
 from vlm.eval.scorers import object_caption_scores
 from vlm.eval.task import Published, Task
-
-BEAMS = 3
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
@@ -37,7 +36,7 @@ TASKS = (
         captions=True,
         split="dev",
         splits=("train", "dev", "test"),
-        generation={"num_beams": BEAMS, "max_new_tokens": 32},
+        generation=CAPTION_DECODING,
         id_key="image_id",
         answer_key="caption",
         published=(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_DECODING, CAPTION_PROMPT
 from vlm.data.convert.common import make_example, parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
 from vlm.data.readers import read_source
@@ -161,7 +161,7 @@ TASKS = (
         captions=True,
         split="test",
         splits=("train", "dev", "test", "all"),
-        generation={"num_beams": 3, "max_new_tokens": 32},
+        generation=CAPTION_DECODING,
         id_key="file_name",
         answer_key="caption",
     ),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_DECODING, CAPTION_PROMPT
 from vlm.conversation import ImageSource
 from vlm.data.convert.common import first_existing, make_example, parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
@@ -23,7 +23,6 @@ _COCO_BASES = ("images/", "Images/", "Images/mscoco/")
 COCO_FOLDERS = ("", "images", *_COCO_PARTS, *(base + part for base in _COCO_BASES for part in _COCO_PARTS))
 """Beside the annotations, or as VQA's toolkit has them."""
 KARPATHY = {"dev": ("val",), "train": ("train", "restval"), "test": ("test",)}
-CAPTION_DECODING = {"num_beams": 3, "max_new_tokens": 32}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vlm.adapter_file import read_adapter
 from vlm.checkpoint import build_model, load_model, save_adapter
 from vlm.consensus import likeness
 from vlm.errors import DataError
+from vlm.features import Seen
 from vlm.images import open_picture
 from vlm.train import main
 from vlm.train.consensus import RIDGE, Captioned, Targets, _regressed, learn
@@ -39,7 +40,8 @@ def drawn(count: int, signal: float) -> Captioned:
     torch.manual_seed(0)
     kinds = torch.arange(count) % len(COLOURS)
     pooled = torch.randn(count, 1, 32) + signal * torch.eye(32)[kinds][:, None]
-    return Captioned(pooled, [told(list(COLOURS)[kind], n) for n, kind in enumerate(kinds.tolist())])
+    captions = [told(list(COLOURS)[kind], n) for n, kind in enumerate(kinds.tolist())]
+    return Captioned(pooled, torch.zeros(count, 0), captions)
 
 
 def test_targets_are_mean_unit_vectors() -> None:
@@ -54,7 +56,7 @@ def test_what_features_tell_is_learnt_and_what_they_do_not_is_refused() -> None:
     assert learnt.cosine > learnt.guess + 0.2
     again = learn(drawn(600, 8.0)).consensus.tensors()
     assert all(torch.equal(tensor, again[name]) for name, tensor in learnt.consensus.tensors().items())
-    expected = learnt.consensus.expect(8.0 * torch.eye(32)[2].expand(1, 5, -1))
+    expected = learnt.consensus.expect(Seen(8.0 * torch.eye(32)[2].expand(1, 5, -1), torch.zeros(1, 0)))
     assert expected("a blue wall") > expected("a green wall") + 0.3
     assert expected("a blue wall") > expected("wall a")
     with pytest.raises(DataError, match="foretold no better"):
@@ -82,7 +84,7 @@ def test_it_is_kernel_ridge_regression() -> None:
     """With every direction and every rank: what the textbook's formula says of new pictures."""
     torch.manual_seed(0)
     pooled, targets, new = torch.randn(120, 32), torch.randn(120, 50), torch.randn(7, 32)
-    known = _regressed(pooled, targets)
+    known = _regressed(pooled, torch.zeros(120, 0), targets)
     mean, spread = pooled.mean(dim=0), pooled.std(dim=0)
     unit, fresh = (normalize((some - mean) / spread, dim=1) for some in (pooled, new))
     alike, near = (((4 * some @ unit.T).exp() - 1) / (math.exp(4) - 1) for some in (unit, fresh))
@@ -91,13 +93,21 @@ def test_it_is_kernel_ridge_regression() -> None:
     torch.testing.assert_close(said, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_captions_are_foretold_from_what_the_classifier_says() -> None:
+    """The features tell nothing, the labels everything."""
+    data, called = drawn(600, 0.0), torch.eye(len(COLOURS))[torch.arange(600) % len(COLOURS)]
+    learnt = learn(replace(data, scores=called))
+    assert learnt.cosine > learnt.guess + 0.1
+    assert learnt.consensus.labels == len(COLOURS)
+
+
 def test_what_differs_most_is_kept_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what is said of the taught pictures, a lower rank keeps as much as any matrix of that rank can."""
     torch.manual_seed(0)
     pooled, targets = torch.randn(120, 32), torch.randn(120, 4) @ torch.randn(4, 50)
     targets += torch.randn(120, 50) / 10
     monkeypatch.setattr("vlm.train.consensus.RANK", 4)
-    known = _regressed(pooled, targets)
+    known = _regressed(pooled, torch.zeros(120, 0), targets)
     alike = likeness(known["seen"], known["seen"])
     whole = alike @ torch.linalg.solve(alike + RIDGE * torch.eye(120), targets)
     left = whole - alike @ known["weigh"] @ known["say"]
@@ -134,7 +144,8 @@ def test_one_command_writes_it_into_an_adapter(
     further = make_model(replace(recipe(), start=str(folder)), offline=True)
     assert further.consensus is None
     assert load_model(folder, offline=True).consensus is not None
-    seen = model.encode([open_picture(coloured / "2.png")])
+    seen = model.features.see([open_picture(coloured / "2.png")])
+    assert found.labels == len(model.encoder.labels) == seen.scores.shape[1]
     assert found.expect(seen)("a blue square") > found.expect(seen)("a red square")
 
 

@@ -14,12 +14,13 @@ from helpers import damages
 
 from vlm.adapter_file import read_adapter, shrink
 from vlm.answering import _expected
-from vlm.checkpoint import save_adapter, save_guide
+from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT, GenerationConfig
-from vlm.consensus import Consensus, Expectation, word_groups
+from vlm.consensus import NAMED, Consensus, Expectation, portrait, word_groups
 from vlm.conversation import Conversation
 from vlm.errors import WeightsError
 from vlm.features import Seen
+from vlm.guide import squeezed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Draw = Callable[..., "Image.Image"]
 
 
-def letters(width: int, seed: int = 0, scale: float = 1.0) -> Consensus:
+def letters(width: int, seed: int = 0, scale: float = 1.0, labels: int = 0) -> Consensus:
     """One that expects a and b, alone and in pairs, more in some pictures than in others."""
     torch.manual_seed(seed)
     groups = [("a",), ("b",), ("a", "b"), ("b", "a"), ("a", "a")]
@@ -38,13 +39,19 @@ def letters(width: int, seed: int = 0, scale: float = 1.0) -> Consensus:
         "usual": torch.rand(5) / 20,
         "mean": torch.zeros(width),
         "spread": torch.ones(width),
-        "turn": torch.linalg.qr(torch.randn(width, width)).Q,
-        "seen": torch.nn.functional.normalize(torch.randn(7, width), dim=1),
+        "named": torch.full((labels,), 0.1),
+        "turn": torch.linalg.qr(torch.randn(width + labels, width + labels)).Q,
+        "seen": torch.nn.functional.normalize(torch.randn(7, width + labels), dim=1),
         "weigh": torch.randn(7, 3),
         "say": torch.randn(3, 5),
         "scale": torch.tensor(scale),
     }
     return Consensus.of(groups, numbers)
+
+
+def sight(features: torch.Tensor) -> Seen:
+    """A picture of an encoder without labels."""
+    return Seen(features, features.new_zeros(len(features), 0))
 
 
 def test_groups_are_of_one_to_four_words_without_case_and_marks() -> None:
@@ -91,13 +98,29 @@ def test_a_file_holds_it_beside_the_adapter_in_a_few_bits(
     assert back is not None
     assert (back.groups, back.rarity) == (made.groups, made.rarity)
     features = torch.randn(1, 9, width)
-    weights = made.expect(features).weights
-    assert back.expect(features).weights == weights
+    weights = made.expect(sight(features)).weights
+    assert back.expect(sight(features)).weights == weights
     assert math.hypot(*weights) == pytest.approx(0.7, abs=1e-3)
     save_guide(tmp_path, letters(width, seed=1))
     again = read_adapter(tmp_path).consensus(width)
     assert again is not None
-    assert again.expect(features).weights != weights
+    assert again.expect(sight(features)).weights != weights
+
+
+def test_groups_that_stand_twice_are_refused() -> None:
+    tensors = letters(4).tensors()
+    tensors["consensus.groups"] = squeezed(["a", "a", "b", "a b", "b a", "a a"])
+    with pytest.raises(WeightsError, match="a word group stands twice"):
+        Consensus.from_tensors(tensors, 4)
+
+
+def test_labels_of_another_encoder_are_refused(make_tiny: Callable[..., VLM], tmp_path: Path) -> None:
+    model = make_tiny("flamingo")
+    model.hashes = {"encoder": "e", "language_model": "l"}
+    save_adapter(model, tmp_path)
+    save_guide(tmp_path, letters(model.encoder.width, labels=3))
+    with pytest.raises(WeightsError, match="3 labels of an encoder, this one has 1000: "):
+        load_adapter(model, tmp_path)
 
 
 def test_a_shrunk_adapter_keeps_it_and_stays_small(make_tiny: Callable[..., VLM], tmp_path: Path) -> None:
@@ -113,7 +136,7 @@ def test_a_shrunk_adapter_keeps_it_and_stays_small(make_tiny: Callable[..., VLM]
         file = read_adapter(tmp_path)
         found = file.consensus(model.encoder.width)
         assert found is not None
-        assert found.expect(features).weights == made.expect(features).weights
+        assert found.expect(sight(features)).weights == made.expect(sight(features)).weights
         assert file.size == small
         save_guide(tmp_path, second)
 
@@ -126,6 +149,7 @@ def test_numbers_are_kept_in_a_few_bits() -> None:
         "usual": torch.rand(count) / 50,
         "mean": torch.randn(width),
         "spread": torch.rand(width) + 0.5,
+        "named": torch.zeros(0),
         "turn": torch.linalg.qr(torch.randn(width, 80)).Q,
         "seen": torch.nn.functional.normalize(torch.randn(pictures, 80), dim=1),
         "weigh": torch.randn(pictures, rank),
@@ -139,11 +163,35 @@ def test_numbers_are_kept_in_a_few_bits() -> None:
     unit = torch.nn.functional.normalize((pooled - numbers["mean"]) / numbers["spread"], dim=1)
     alike = (torch.exp(4 * (unit @ numbers["turn"]) @ numbers["seen"].T) - 1) / (math.exp(4) - 1)
     said = alike @ numbers["weigh"] @ numbers["say"] + numbers["usual"]
-    assert torch.nn.functional.cosine_similarity(made(pooled), said).min() > 0.97
-    assert (made(pooled) != said).any()
+    found = made(pooled, torch.zeros(5, 0))
+    assert torch.nn.functional.cosine_similarity(found, said).min() > 0.97
+    assert (found != said).any()
 
 
-@pytest.mark.parametrize("name", ["groups", "rarity", "say", "say.step", "seen.rest", "mean", "sizes"])
+def test_a_portrait_is_of_what_is_seen_and_what_it_is_called() -> None:
+    """The dot product of two: two thirds the cosine of features, one third that of roots of probabilities."""
+    torch.manual_seed(0)
+    pooled, scores = torch.randn(2, 6), torch.rand(2, 3).softmax(dim=1)
+    usual = {"mean": torch.randn(6), "spread": torch.rand(6) + 0.5, "named": torch.full((3,), 0.4)}
+    cosine = torch.nn.functional.cosine_similarity
+    seen = cosine(*((pooled - usual["mean"]) / usual["spread"]), dim=0)
+    called = cosine(*(scores.sqrt() - usual["named"]), dim=0)
+    one, other = portrait(pooled, scores, usual)
+    assert one @ other == pytest.approx(float(seen) * 2 / 3 + float(called) / 3, abs=1e-6)
+    assert one @ one == pytest.approx(1.0)
+    without = portrait(pooled, torch.zeros(2, 0), usual)
+    assert without[0] @ without[1] == pytest.approx(float(seen), abs=1e-6)
+
+
+def test_what_a_picture_is_called_changes_what_is_expected() -> None:
+    made, features = letters(4, labels=3), torch.ones(1, 2, 4)
+    cat, dog = torch.tensor([[0.9, 0.05, 0.05]]), torch.tensor([[0.05, 0.9, 0.05]])
+    assert made.expect(Seen(features, cat)).weights != made.expect(Seen(features, dog)).weights
+
+
+@pytest.mark.parametrize(
+    "name", ["groups", "rarity", "say", "say.step", "seen.rest", "mean", "named", "sizes"]
+)
 def test_a_damaged_one_is_named(name: str) -> None:
     tensors = letters(4).tensors()
     for damaged in damages(tensors, Consensus.PREFIX + name):
@@ -156,9 +204,9 @@ def test_wide_enough_beams_find_the_best_of_likely_and_expected(
     seed: int, weight: float, speak_few_words: Callable[[int], VLM], draw: Draw
 ) -> None:
     model = speak_few_words(seed)
-    model.consensus = letters(model.encoder.width, seed)
+    model.consensus = letters(model.encoder.width, seed, labels=len(model.encoder.labels))
     ask = Conversation.ask([draw(seed)], CAPTION_PROMPT)
-    expected = model.consensus.expect(model.encode(ask_pictures(ask)))
+    expected = model.consensus.expect(model.look(ask_pictures(ask)))
     end = model.language.frame.end
     words = [i for i in range(7) if i not in model.language.added_ids and i != end]
     said = [list(text) for length in range(3) for text in itertools.product(words, repeat=length)]
@@ -191,7 +239,7 @@ def test_only_the_captions_of_single_pictures_are_guided(
     ]
     options = {"num_beams": 3, "max_new_tokens": 6}
     plain = [answer.text for answer in model.ask_batch(asks, **options)]
-    model.consensus = letters(model.encoder.width, scale=30.0)
+    model.consensus = letters(model.encoder.width, scale=30.0, labels=len(model.encoder.labels))
     guided = model.ask_batch(asks, **options)
     assert [answer.text == text for answer, text in zip(guided, plain, strict=True)] == [
         False,
@@ -207,7 +255,7 @@ def test_only_the_captions_of_single_pictures_are_guided(
 
 def test_guided_captions_together_equal_those_alone(make_tiny: Callable[..., VLM], draw: Draw) -> None:
     model = make_tiny("flamingo")
-    model.consensus = letters(model.encoder.width, scale=5.0)
+    model.consensus = letters(model.encoder.width, scale=5.0, labels=len(model.encoder.labels))
     asks = [Conversation.ask([draw(i)], CAPTION_PROMPT if i % 3 else "what?") for i in range(7)]
     options = {"num_beams": 3, "max_new_tokens": 8}
     together = model.ask_batch(asks, batch_size=4, **options)
@@ -217,12 +265,31 @@ def test_guided_captions_together_equal_those_alone(make_tiny: Callable[..., VLM
         assert one.margin == pytest.approx(other.margin, abs=1e-3)
 
 
-@pytest.mark.parametrize(("chance", "guided"), [(0.0, True), (0.69, True), (0.71, False)])
-def test_it_is_silent_where_the_classifier_is_sure(
-    chance: float, guided: bool, make_tiny: Callable[..., VLM], draw: Draw
+@pytest.mark.parametrize(("chance", "more"), [(0.69, 0.0), (0.71, NAMED)])
+def test_what_the_classifier_is_sure_of_is_named(chance: float, more: float) -> None:
+    made, features = letters(4, labels=2), torch.ones(1, 2, 4)
+    seen = Seen(features, torch.tensor([[0.1, chance]]))
+    plain, named = made.expect(seen), made.expect(seen, ("b", "tabby"))
+    assert named.weights == plain.weights
+    for text, bonus in (
+        ("a Cat sits", more),
+        ("two cats", more),
+        ("a b", 0.0),
+        ("a category", 0.0),
+        ("", 0.0),
+    ):
+        assert named(text) == pytest.approx(plain(text) + bonus)
+
+
+def test_beams_are_told_what_the_classifier_calls_a_picture(
+    make_tiny: Callable[..., VLM], draw: Draw
 ) -> None:
     model = make_tiny("flamingo")
-    model.consensus = letters(model.encoder.width)
-    ask = Conversation.ask([draw(1)], CAPTION_PROMPT)
-    seen = Seen(model.encode(ask_pictures(ask)), torch.tensor([[0.1, chance]]))
-    assert (_expected(model, ask, seen, GenerationConfig(num_beams=3)) is not None) == guided
+    model.consensus = letters(model.encoder.width, labels=len(model.encoder.labels))
+    ask, scores = Conversation.ask([draw(1)], CAPTION_PROMPT), torch.zeros(1, len(model.encoder.labels))
+    scores[0, model.encoder.labels.index("tabby")] = 0.9
+    expected = _expected(
+        model, ask, Seen(model.encode(ask_pictures(ask)), scores), GenerationConfig(num_beams=3)
+    )
+    assert expected is not None
+    assert expected("a cat") > expected("a dog") + NAMED / 2

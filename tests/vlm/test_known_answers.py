@@ -17,6 +17,7 @@ from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT
 from vlm.conversation import Conversation
 from vlm.errors import ConfigError, WeightsError
+from vlm.features import Seen
 from vlm.guide import squeezed
 from vlm.known_answers import (
     FAMILIAR,
@@ -227,10 +228,10 @@ def test_a_file_holds_them_beside_the_adapter_and_its_consensus(
     model = make_tiny("flamingo")
     model.hashes = {"encoder": "e", "language_model": "l"}
     save_adapter(model, tmp_path)
-    width = model.encoder.width
+    width, labels = model.encoder.width, len(model.encoder.labels)
     assert read_adapter(tmp_path).known_answers(width) is None
-    made = known(width)
-    for guide in (letters(width), made, letters(width, seed=1)):
+    made, captions = known(width), letters(width, seed=1, labels=labels)
+    for guide in (letters(width, labels=labels), made, captions):
         save_guide(tmp_path, guide)
     file = read_adapter(tmp_path)
     back, consensus = file.known_answers(width), file.consensus(width)
@@ -238,10 +239,11 @@ def test_a_file_holds_them_beside_the_adapter_and_its_consensus(
     assert consensus is not None
     features = torch.randn(1, 9, width)
     assert back.expect("what is this?", features) == made.expect("what is this?", features)
-    assert consensus.expect(features).weights == letters(width, seed=1).expect(features).weights
+    seen = Seen(features, torch.rand(1, labels).softmax(dim=1))
+    assert consensus.expect(seen).weights == captions.expect(seen).weights
     load_adapter(model, tmp_path)
     assert model.known_answers is not None
-    load_adapter(model, tmp_path, model.encoder.tokens)  # for pictures of another size, perhaps
+    load_adapter(model, tmp_path, guides=False)
     assert model.known_answers is None
 
 

@@ -13,11 +13,11 @@ import torch
 
 import vlm
 from vlm.answer import Answer, TokenLogprob, Usage
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_BEAMS, CAPTION_PROMPT
 from vlm.conversation import Conversation, ImageSlot, Turn
 from vlm.errors import VLMError
 from vlm.images import ImageError, open_picture
-from vlm.model import CAPTION_BEAMS, VLM
+from vlm.model import VLM
 
 if TYPE_CHECKING:
     from PIL import Image
