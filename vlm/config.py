@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vlm.errors import ConfigError
 
 CAPTION_PROMPT = "Describe the picture."
 CAPTION_BEAMS = 8
-CAPTION_DECODING = {"num_beams": CAPTION_BEAMS, "max_new_tokens": 32}
+"""Of a caption: guided beams find what fewer miss (docs/log.md)."""
+CAPTION_DECODING = MappingProxyType({"num_beams": CAPTION_BEAMS, "max_new_tokens": 32})
 """How captions are measured."""
 
 T = TypeVar("T")

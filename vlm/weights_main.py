@@ -87,7 +87,7 @@ def _resize(args: argparse.Namespace) -> int:
 
 
 def _shrink_parser(commands: Any) -> None:
-    text = "an adapter's matrices in 8 bits a number, a quarter of the space, in place"
+    text = "an adapter's matrices in 8 bits a number, half of the space, in place"
     command = commands.add_parser("shrink", help=text, description=text.capitalize(), allow_abbrev=False)
     command.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
 

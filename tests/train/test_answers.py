@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from vlm.adapter_file import read_adapter
 from vlm.checkpoint import build_model, load_model, save_abstain, save_adapter
 from vlm.config import AbstainConfig
-from vlm.errors import DataError
+from vlm.errors import DataError, WeightsError
 from vlm.known_answers import KnownAnswers, QuestionKernel, joint, standardised, summary
 from vlm.train import main
 from vlm.train.answers import RIDGE, Answered, _regressed, answered_examples, fit, look
@@ -170,6 +171,19 @@ def test_one_command_writes_them_into_an_adapter(
     answer = model.ask([Image.new("RGB", (16, 16), (24, 24, 224))], COLOUR, max_new_tokens=8)
     assert answer.text == "blue"
     assert make_model(replace(recipe(), start=str(adapter)), offline=True).known_answers is None
+
+
+def test_what_is_damaged_is_fitted_anew(coloured: Path, adapter: Path) -> None:
+    """As the error tells one to do; so are answers of an earlier version."""
+    assert main.main(["answers", str(adapter), str(coloured), "--offline"]) == 0
+    whole = (adapter / "adapter.safetensors").read_bytes()
+    stored = load_file(adapter / "adapter.safetensors")
+    name = KnownAnswers.PREFIX + "turn"
+    save_file(stored | {name: stored[name][1:].clone()}, adapter / "adapter.safetensors")
+    with pytest.raises(WeightsError, match="`vlm train answers` fits it anew"):
+        load_model(adapter, offline=True)
+    assert main.main(["answers", str(adapter), str(coloured), "--offline"]) == 0
+    assert (adapter / "adapter.safetensors").read_bytes() == whole
 
 
 def test_a_copy_leaves_the_adapter_as_it_is(
