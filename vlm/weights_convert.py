@@ -60,7 +60,7 @@ def efficientnet_lite2(source: Path, folder: Path) -> str:
 
 
 def smollm2(source: Path, folder: Path) -> str:
-    """SmolLM2-135M-Instruct, dequantise from Q4_1 to float32, with its tokenizer and chat template.
+    """SmolLM2-135M-Instruct, dequantised from Q4_1 to float32, with its tokenizer and chat template.
 
     Returns:
         The frozen hash, over the tensors as the file holds them (tied weights once).
