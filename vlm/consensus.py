@@ -154,7 +154,8 @@ class Consensus(Guide):
         sure = bool(labels) and float(seen.scores.amax()) >= SURE
         name = naming(labels[int(seen.scores[0].argmax())]) if sure else None
         said = self(seen.features.float().mean(dim=1).cpu(), seen.scores.float().cpu())[0]
-        return Expectation(self, (F.normalize(said, dim=0) * self._numbers["scale"]).tolist(), name)
+        weights = self.finite(F.normalize(said, dim=0) * self._numbers["scale"])
+        return Expectation(self, weights.tolist(), name)
 
     def scaled(self, scale: float) -> Consensus:
         """The same, but with expected vectors of that length."""

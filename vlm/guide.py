@@ -42,6 +42,19 @@ class Guide:
         """Everything it is, by names that begin with `PREFIX`."""
         return {f"{self.PREFIX}{name}": tensor.contiguous() for name, tensor in self._held.items()}
 
+    def finite(self, expected: Tensor) -> Tensor:
+        """What it expects, if that is numbers: a file's may be finite and their products not.
+
+        Raises:
+            WeightsError: one of them is none.
+        """
+        if not expected.isfinite().all():
+            raise WeightsError(
+                f"`{self.PREFIX}*` of adapter.safetensors is damaged: what it expects is no number; "
+                f"`{self.COMMAND}` fits it anew"
+            )
+        return expected
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self | None:
         """The one among these tensors, or None where there is none.

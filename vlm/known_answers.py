@@ -150,7 +150,7 @@ class KnownAnswers(Guide):
 
     def expect(self, question: str, features: Tensor) -> list[tuple[str, float]]:
         """The answers expected most of a picture with these (1, N, D_v) features, and how much each is."""
-        shares, places = self(question, features)[0].topk(min(MOST, len(self.answers)))
+        shares, places = self.finite(self(question, features)[0]).topk(min(MOST, len(self.answers)))
         found = zip(places.tolist(), shares.tolist(), strict=True)
         return [(self.answers[place], share) for place, share in found if share > 0]
 

@@ -114,6 +114,21 @@ def test_groups_that_stand_twice_are_refused() -> None:
         Consensus.from_tensors(tensors, 4)
 
 
+def test_numbers_that_multiply_to_none_are_refused() -> None:
+    tensors = letters(4).tensors()
+    for name in ("weigh.step", "say.step"):
+        tensors[f"consensus.{name}"].fill_(6e4)
+    tensors["consensus.usual"].fill_(6e4)
+    tensors["consensus.spread"].fill_(1e-9)
+    tensors["consensus.mean"].fill_(3e38)
+    made = Consensus.from_tensors(tensors, 4)
+    assert made is not None
+    with pytest.raises(
+        WeightsError, match="what it expects is no number; `vlm train consensus`"
+    ):
+        made.expect(sight(torch.full((1, 2, 4), -3e38)))
+
+
 def test_labels_of_another_encoder_are_refused(make_tiny: Callable[..., VLM], tmp_path: Path) -> None:
     model = make_tiny("flamingo")
     model.hashes = {"encoder": "e", "language_model": "l"}
