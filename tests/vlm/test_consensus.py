@@ -123,9 +123,7 @@ def test_numbers_that_multiply_to_none_are_refused() -> None:
     tensors["consensus.mean"].fill_(3e38)
     made = Consensus.from_tensors(tensors, 4)
     assert made is not None
-    with pytest.raises(
-        WeightsError, match="what it expects is no number; `vlm train consensus`"
-    ):
+    with pytest.raises(WeightsError, match="what it expects is no number; `vlm train consensus`"):
         made.expect(sight(torch.full((1, 2, 4), -3e38)))
 
 
