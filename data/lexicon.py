@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.grammar import verbs
+from vlm.kinds import plural
 
 PATH = Path(__file__).with_name("lexicon.json")
 
@@ -38,20 +39,6 @@ class Thing:
     """Whether its presence is asked after."""
     min_captions: int
     """Captions that must name it before a "yes" is asked."""
-
-
-def plural(word: str, irregular: dict[str, str]) -> str:
-    """The plural of an English noun or noun phrase (its last word's)."""
-    first, _, last = word.rpartition(" ")
-    if last in irregular:
-        changed = irregular[last]
-    elif last.endswith(("s", "x", "z", "ch", "sh")):
-        changed = last + "es"
-    elif last.endswith("y") and last[-2:-1] not in "aeiou":
-        changed = last[:-1] + "ies"
-    else:
-        changed = last + "s"
-    return f"{first} {changed}".strip()
 
 
 def _words(text: str) -> list[str]:

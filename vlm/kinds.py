@@ -10,15 +10,8 @@ from pathlib import Path
 PATH = Path(__file__).with_name("kinds.json")
 BROAD_KINDS = frozenset(("animal", "vehicle"))
 """Kinds that say too little: their members go by their plain names."""
-PLURALS = {
-    "wolf": "wolves",
-    "goose": "geese",
-    "ox": "oxen",
-    "mouse": "mice",
-    "knife": "knives",
-    "loaf": "loaves",
-}
-"""Endings that change otherwise than by rule."""
+IRREGULAR = {"wolf": "wolves", "goose": "geese", "ox": "oxen", "mouse": "mice", "loaf": "loaves"}
+"""Plurals of the table's nouns that follow no rule."""
 
 
 @functools.cache
@@ -46,15 +39,20 @@ def plain_name(label: str) -> str:
 def naming(label: str) -> re.Pattern[str]:
     """Finds a text in small letters that names a label: itself, its plain name or its kind, one or many."""
     names = {label, plain_name(label), *kinds_of(label)} - BROAD_KINDS
-    forms = sorted(re.escape(form) for name in names for form in (name.lower(), _plural(name.lower())))
+    some = {name.lower() for name in names}
+    forms = map(re.escape, sorted(some | {plural(name, IRREGULAR) for name in some}))
     return re.compile(rf"(?<![\w'-])(?:{'|'.join(forms)})(?![\w-])")
 
 
-def _plural(noun: str) -> str:
-    """More than one of it, as English has it."""
-    for end, several in PLURALS.items():
-        if noun.endswith(end):
-            return noun.removesuffix(end) + several
-    if noun.endswith("y") and noun[-2:-1] not in set("aeiou"):
-        return noun[:-1] + "ies"
-    return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
+def plural(word: str, irregular: dict[str, str]) -> str:
+    """The plural of an English noun or noun phrase (its last word's)."""
+    first, _, last = word.rpartition(" ")
+    if last in irregular:
+        changed = irregular[last]
+    elif last.endswith(("s", "x", "z", "ch", "sh")):
+        changed = last + "es"
+    elif last.endswith("y") and last[-2:-1] not in "aeiou":
+        changed = last[:-1] + "ies"
+    else:
+        changed = last + "s"
+    return f"{first} {changed}".strip()

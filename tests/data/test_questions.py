@@ -17,10 +17,11 @@ from vlm.data.captions import Caption, read_caption, tokenise
 from vlm.data.convert.common import make_example
 from vlm.data.example import Example
 from vlm.data.grammar import inflect, verbs
-from vlm.data.lexicon import load, plural
+from vlm.data.lexicon import load
 from vlm.data.picture import PictureText
 from vlm.data.questions import LIMITS, QUESTION_TYPES, digest, questions_from_captions
 from vlm.data.sources import read_dataset
+from vlm.kinds import plural
 
 # The questions of Flickr8k's official dev pictures; scores on other questions are not comparable.
 DEV_QUESTIONS = "2617767dde07c5b0c7aff160fab8e2d968a1079a2bd778835cc64b218d4905a7"

@@ -141,7 +141,7 @@ def test_a_data_url_of_100_mb(server: Any, make: Any) -> None:
 def test_a_chunked_body_without_end(server: Any) -> None:
     sent = 0
     with (
-        memory_within(server, 70 * MIB),  # 32 of the body, which may move once as it grows, and little else
+        memory_within(server, 50 * MIB),
         socket.create_connection(("127.0.0.1", server.port), timeout=30) as link,
     ):
         link.sendall(

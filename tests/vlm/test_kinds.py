@@ -40,6 +40,7 @@ def test_the_table_speaks_of_labels_that_the_encoder_has() -> None:
         ("monarch", ("butterflies fly", "a butterfly"), ("a fly",)),
         ("timber wolf", ("two wolves", "a wolf howls"), ("a wolfhound",)),
         ("goose", ("geese swim",), ("a moose",)),
+        ("red fox", ("two foxes", "a fox"), ("a red ball",)),
         ("Model T", ("an old car",), ("a man in a t-shirt", "a dog doesn't run", "a model")),
         ("CD player", ("a cd player",), ("a soccer player kicks",)),
         ("book jacket", ("a book jacket",), ("a man in a red jacket",)),
