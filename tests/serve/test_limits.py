@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import socket
 import threading
@@ -15,7 +16,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from vlm.serve.errors import overloaded  # noqa: E402
 from vlm.serve.gate import Gate  # noqa: E402
-from vlm.serve.limits import BodyLimit  # noqa: E402
+from vlm.serve.limits import Body, BodyLimit, Ledger  # noqa: E402
 from vlm.serve.metrics import Metrics  # noqa: E402
 from vlm.serve.protocol import protocol_class  # noqa: E402
 from vlm.serve.settings import Settings  # noqa: E402
@@ -32,6 +33,22 @@ async def length_of_body(scope: Any, receive: Any, send: Any) -> None:
         {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(text))]}
     )
     await send({"type": "http.response.body", "body": text})
+
+
+def test_a_large_body_stays_where_it_is() -> None:
+    ledger = Ledger(1 << 30)
+    body, places = Body(ledger, 64 << 20), set()
+    chunks = [bytes([number]) * (300_000 + number) for number in range(100)]
+    for chunk in chunks:
+        body.add(chunk)
+        if body.length > 1 << 20:
+            places.add(ctypes.addressof(ctypes.c_char.from_buffer(body.data)))
+    body.close()
+    assert body.data == b"".join(chunks) and len(places) == 1
+    assert ledger.held == body.length == len(body.data)
+    body.release()
+    body.release()
+    assert ledger.held == 0 and not body.data
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ as its pictures are opened.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from typing import Any
 
 from vlm.serve.errors import APIError, error_bytes, overloaded
@@ -16,15 +17,25 @@ Scope = dict[str, Any]
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 64 << 20
+_GROWS = 1 << 20
+"""Bytes up to which a body grows as it comes: moving it costs little."""
 
 
 class Body:
-    """One request's bytes, counted against what all requests may hold together."""
+    """One request's bytes, counted against what all requests may hold together.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Args:
+        most: bytes that `add` will be given at most.
+
+    Attributes:
+        length: bytes that are counted.
+        data: the bytes, once `close` was called.
+    """
+
+    def __init__(self, ledger: Ledger, most: int) -> None:
         self.data = bytearray()
-        self._ledger = ledger
-        self._counted = 0
+        self.length = 0
+        self._ledger, self._most = ledger, most
 
     def add(self, chunk: bytes) -> None:
         """Append a chunk.
@@ -33,8 +44,14 @@ class Body:
             APIError: 429 when all bodies together exceed their bound.
         """
         self._ledger.take(len(chunk))
-        self._counted += len(chunk)
-        self.data += chunk
+        begin, self.length = self.length, self.length + len(chunk)
+        if len(self.data) < self.length > _GROWS:
+            _reserve(self.data, self._most)
+        self.data[begin : self.length] = chunk
+
+    def close(self) -> None:
+        """Nothing follows."""
+        del self.data[self.length :]
 
     def forget(self) -> None:
         """Drop the bytes. They stay counted: what was parsed from them is as large."""
@@ -42,9 +59,17 @@ class Body:
 
     def release(self) -> None:
         """Drop the bytes and stop counting them; may be called again."""
-        self._ledger.held -= self._counted
-        self._counted = 0
+        self._ledger.held -= self.length
+        self.length = 0
         self.forget()
+
+
+def _reserve(data: bytearray, size: int) -> None:
+    """Makes room for what follows: one that grew would move, and while it moves it is there twice.
+
+    `bytearray(size)` would write zeros, and so hold memory for bytes that never come.
+    """
+    ctypes.pythonapi.PyByteArray_Resize(ctypes.py_object(data), ctypes.c_ssize_t(size))
 
 
 class Ledger:
@@ -77,7 +102,7 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in _BODILESS:
             await self._app(scope, receive, send)
             return
-        body = Body(self.ledger)
+        body = Body(self.ledger, self._settings.max_body)
         try:
             complete = await self._read(scope, receive, body)
         except APIError as error:
@@ -113,12 +138,13 @@ class BodyLimit:
                     if message["type"] == "http.disconnect":
                         return False
                     chunk = message.get("body", b"")
-                    if len(body.data) + len(chunk) > cap:
+                    if body.length + len(chunk) > cap:
                         raise too_large
                     body.add(chunk)
                     more = message.get("more_body", False)
         except TimeoutError:
             raise APIError(408, "The request's body did not arrive in time.") from None
+        body.close()
         return True
 
 
