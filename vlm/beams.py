@@ -23,32 +23,39 @@ Candidate = tuple[float, int, int, float]
 """A way to go on: the log-probability of all, the beam, the token and its own log-probability."""
 WIDE = 8
 """Tokens of each beam that are weighed where beams are guided: the expected one may not be the likeliest."""
+WHOLE, TOKEN = 2.0, 0.02
+"""Between guided captions that have ended, what is expected counts so many times as much as while they grow, as
+it tells less of a beginning; and every token costs so much: words that nobody expects count for nothing
+otherwise, and lengthen."""
 
 
 class _Beams:
     """One prompt's beams: those that go on, and those that have ended.
 
     Args:
-        guide: adds to the score of some tokens; None leaves it at their log-probability.
+        guide: what a beginning, or a whole, is expected to reach; None leaves it at log-probabilities.
+        weight: what that counts beside the mean log-probability.
 
     Attributes:
         margin: the smallest gap so far between what was kept and what was dropped (`Answer.margin`).
     """
 
-    def __init__(self, size: int, penalty: float, guide: Guide | None = None) -> None:
-        self.size, self.penalty, self.guide = size, penalty, guide
+    def __init__(self, size: int, penalty: float, guide: Guide | None = None, weight: float = 0.0) -> None:
+        self.size, self.penalty, self.guide, self.weight = size, penalty, guide, weight
         self.ids: list[list[int]] = [[] for _ in range(size)]
         self.logprobs: list[list[float]] = [[] for _ in range(size)]
         self.ended: list[Ended] = []
         self.done = False
         self.margin = math.inf
 
-    def _score(self, worth: float, length: int) -> float:
-        return float(worth / length**self.penalty)
-
     def _worth(self, total: float, ids: list[int], length: int) -> float:
         """What orders beams of one length: their log-probability, and what the guide makes of them."""
-        return total if self.guide is None else total + self.guide(ids) * length**self.penalty
+        return total if self.guide is None else total + self.weight * self.guide(ids) * length**self.penalty
+
+    def _score(self, total: float, ids: list[int], length: int) -> float:
+        """What orders answers that have ended, of any length."""
+        score = float(total / length**self.penalty)
+        return score if self.guide is None else score + WHOLE * self.weight * self.guide(ids) - TOKEN * length
 
     def take(self, candidates: Sequence[Candidate], end: int) -> list[tuple[int, int, float]]:
         """Chooses among candidates, the likeliest first: (beam, token, total) that go on."""
@@ -63,22 +70,22 @@ class _Beams:
         found.sort(key=lambda candidate: -candidate[0])
         self._measure([(worth, token == end) for worth, _, _, token, _, _ in found])
         going: list[tuple[int, int, float]] = []
-        worths: list[float] = []
+        scores: list[float] = []
         paths: list[list[int]] = []
         logprobs = []
-        for rank, (worth, total, beam, token, logprob, ids) in enumerate(found):
+        for rank, (_, total, beam, token, logprob, ids) in enumerate(found):
             if token == end:
                 if rank < self.size:
                     path = [*self.logprobs[beam], logprob]
-                    self.ended.append((self._score(worth, length), [*ids, end], path))
+                    self.ended.append((self._score(total, ids, length), [*ids, end], path))
             elif len(going) < self.size:
                 going.append((beam, token, total))
-                worths.append(worth)
+                scores.append(self._score(total, ids, length))
                 paths.append(ids)
                 logprobs.append([*self.logprobs[beam], logprob])
         self.ids, self.logprobs = paths, logprobs
         self.ended = sorted(self.ended, key=lambda e: -e[0])[: self.size]
-        best = self._score(worths[0], length) if going else float("-inf")
+        best = max(scores, default=float("-inf"))
         self.done = not going or (len(self.ended) == self.size and self.ended[-1][0] >= best)
         if going and len(self.ended) == self.size:
             self.margin = min(self.margin, abs(self.ended[-1][0] - best))
@@ -104,7 +111,7 @@ class _Beams:
     def best(self, totals: list[float]) -> Ended:
         """The best beam, ended or (when the length ran out) not; the second's gap goes into `margin`."""
         cut = [
-            (self._score(self._worth(total, ids, len(ids)), len(ids)), ids, logprobs)
+            (self._score(total, ids, len(ids)), ids, logprobs)
             for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=False)
         ]
         ranked = sorted(self.ended or cut, key=lambda e: -e[0])
@@ -128,8 +135,8 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
         max(1, min(config.max_new_tokens, model.language.max_positions - read))
         for read in state.positions[:, 0].tolist()
     ]
-    guides = [_guide(model, request, config.consensus) for request in requests]
-    beams = [_Beams(size, config.length_penalty, guide) for guide in guides]
+    guides = [_guide(model, request) for request in requests]
+    beams = [_Beams(size, config.length_penalty, guide, config.consensus) for guide in guides]
     totals = logits.new_zeros(count, 1)  # one beam a prompt at first; after a token as many as were asked for
     active = list(range(count))
     left: dict[int, list[float]] = {}
@@ -157,9 +164,9 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     return writers
 
 
-def _guide(model: VLM, request: DecodeRequest, weight: float) -> Guide | None:
+def _guide(model: VLM, request: DecodeRequest) -> Guide | None:
     expected = request.expected
-    return None if expected is None else lambda ids: weight * expected(model.language.decode(ids))
+    return None if expected is None else lambda ids: expected(model.language.decode(ids))
 
 
 def _extend(

@@ -14,6 +14,7 @@ from helpers import damages
 
 from vlm.adapter_file import read_adapter, shrink
 from vlm.answering import _expected
+from vlm.beams import TOKEN, WHOLE
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.consensus import NAMED, Consensus, Expectation, portrait, word_groups
@@ -225,7 +226,9 @@ def test_wide_enough_beams_find_the_best_of_likely_and_expected(
     said = [list(text) for length in range(3) for text in itertools.product(words, repeat=length)]
     likely = model.score([ask], [[model.language.decode(text) for text in said]])[0]
     worth = [
-        total / (len(text) + 1) + weight * expected(model.language.decode(text))
+        total / (len(text) + 1)
+        + WHOLE * weight * expected(model.language.decode(text))
+        - TOKEN * (len(text) + 1)
         for text, total in zip(said, likely, strict=True)
     ]
     best = model.language.decode(said[worth.index(max(worth))])
