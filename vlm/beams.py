@@ -24,8 +24,8 @@ Candidate = tuple[float, int, int, float]
 WIDE = 8
 """Tokens of each beam that are weighed where beams are guided: the expected one may not be the likeliest."""
 WHOLE, TOKEN = 2.0, 0.02
-"""Between guided captions that have ended, what is expected counts so many times as much as while they grow, as
-it tells less of a beginning; and every token costs so much: words that nobody expects count for nothing
+"""Between guided captions that have ended, what is expected counts so many times as much as while they grow,
+as it tells less of a beginning; and every token costs so much: words that nobody expects count for nothing
 otherwise, and lengthen."""
 
 
