@@ -22,7 +22,7 @@ from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
 from vlm.errors import DataError, VLMError
-from vlm.options import add_common, apply_common, make_parser, offline_from_environment
+from vlm.options import add_common, apply_common, keep_memory, make_parser, offline_from_environment
 
 SHOWN = 10
 # Sets without a dev part of their own: theirs is set aside from the training part by picture.
@@ -159,6 +159,7 @@ def _questions(args: argparse.Namespace) -> int:
 
 def _remember(args: argparse.Namespace) -> int:
     apply_common(args)
+    keep_memory()
     from vlm.data.remember import adapter_features, remember
     from vlm.weights_cache import cache_root
 

@@ -30,7 +30,7 @@ from vlm.guide import usable
 from vlm.images import ImageError, open_picture
 from vlm.known_answers import LONGEST, KnownAnswers, QuestionKernel, joint, plain, standardised, summary
 from vlm.model import VLM
-from vlm.options import add_common, apply_common, make_parser
+from vlm.options import add_common, apply_common, keep_memory, make_parser
 from vlm.train.holdout import EXACT, Held, is_caption
 from vlm.train.place import add_place, place
 from vlm.train.screen import Screen
@@ -265,6 +265,7 @@ def main(argv: list[str]) -> int:
     add_common(parser)
     args = parser.parse_args(argv)
     apply_common(args)
+    keep_memory()
     folder, out = place(args)
     model = VLM.from_pretrained(
         folder,

@@ -28,7 +28,7 @@ from vlm.features import Features
 from vlm.grams import Gram, unit
 from vlm.guide import usable
 from vlm.images import open_picture
-from vlm.options import add_common, apply_common, make_parser
+from vlm.options import add_common, apply_common, keep_memory, make_parser
 from vlm.train.place import add_place, place
 from vlm.train.screen import Screen
 from vlm.weights_cache import cache_root
@@ -222,6 +222,7 @@ def main(argv: list[str]) -> int:
     add_common(parser)
     args = parser.parse_args(argv)
     apply_common(args)
+    keep_memory()
     folder, out = place(args)
     cache = cache_root() / "features"
     features = adapter_features(str(folder), offline=args.offline, device=args.device, cache=cache)
