@@ -48,14 +48,17 @@ class _Beams:
         self.done = False
         self.margin = math.inf
 
-    def _worth(self, total: float, ids: list[int], length: int) -> float:
-        """What orders beams of one length: their log-probability, and what the guide makes of them."""
-        return total if self.guide is None else total + self.weight * self.guide(ids) * length**self.penalty
+    def _expected(self, ids: list[int]) -> float:
+        return 0.0 if self.guide is None else self.guide(ids)
 
-    def _score(self, total: float, ids: list[int], length: int) -> float:
+    def _worth(self, total: float, expected: float, length: int) -> float:
+        """What orders beams of one length: their log-probability, and what the guide makes of them."""
+        return total + self.weight * expected * length**self.penalty
+
+    def _score(self, total: float, expected: float, length: int) -> float:
         """What orders answers that have ended, of any length."""
         score = float(total / length**self.penalty)
-        return score if self.guide is None else score + WHOLE * self.weight * self.guide(ids) - TOKEN * length
+        return score if self.guide is None else score + WHOLE * self.weight * expected - TOKEN * length
 
     def take(self, candidates: Sequence[Candidate], end: int) -> list[tuple[int, int, float]]:
         """Chooses among candidates, the likeliest first: (beam, token, total) that go on."""
@@ -66,21 +69,23 @@ class _Beams:
         for total, beam, token, logprob in candidates:
             if total > float("-inf"):
                 ids = self.ids[beam] if token == end else [*self.ids[beam], token]
-                found.append((self._worth(total, ids, length), total, beam, token, logprob, ids))
+                expected = self._expected(ids)
+                worth = self._worth(total, expected, length)
+                found.append((worth, expected, total, beam, token, logprob, ids))
         found.sort(key=lambda candidate: -candidate[0])
-        self._measure([(worth, token == end) for worth, _, _, token, _, _ in found])
+        self._measure([(worth, token == end) for worth, _, _, _, token, _, _ in found])
         going: list[tuple[int, int, float]] = []
         scores: list[float] = []
         paths: list[list[int]] = []
         logprobs = []
-        for rank, (_, total, beam, token, logprob, ids) in enumerate(found):
+        for rank, (_, expected, total, beam, token, logprob, ids) in enumerate(found):
             if token == end:
                 if rank < self.size:
                     path = [*self.logprobs[beam], logprob]
-                    self.ended.append((self._score(total, ids, length), [*ids, end], path))
+                    self.ended.append((self._score(total, expected, length), [*ids, end], path))
             elif len(going) < self.size:
                 going.append((beam, token, total))
-                scores.append(self._score(total, ids, length))
+                scores.append(self._score(total, expected, length))
                 paths.append(ids)
                 logprobs.append([*self.logprobs[beam], logprob])
         self.ids, self.logprobs = paths, logprobs
@@ -111,7 +116,7 @@ class _Beams:
     def best(self, totals: list[float]) -> Ended:
         """The best beam, ended or (when the length ran out) not; the second's gap goes into `margin`."""
         cut = [
-            (self._score(total, ids, len(ids)), ids, logprobs)
+            (self._score(total, self._expected(ids), len(ids)), ids, logprobs)
             for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=False)
         ]
         ranked = sorted(self.ended or cut, key=lambda e: -e[0])
