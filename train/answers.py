@@ -3,15 +3,16 @@
     vlm train answers ADAPTER SRC [--out DIR]      SRC is anything that holds questions about pictures
 
 Which answer was right is regressed on the questions' words and the pictures' frozen features (kernel ridge
-regression; `vlm.known_answers`). First without the pictures of `dev`: if the adapter answers their questions
-right no more often with what was learnt than without, nothing is written.
+regression; `vlm.known_answers`), and small networks learn it beside that (`vlm.answer_net`). First without
+the pictures of `dev`: if the adapter answers their questions right no more often with what was learnt than
+without, nothing is written.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from vlm.images import ImageError, open_picture
 from vlm.known_answers import LONGEST, KnownAnswers, QuestionKernel, joint, plain, standardised, summary
 from vlm.model import VLM
 from vlm.options import add_common, apply_common, keep_memory, make_parser
+from vlm.train.answer_net import Shown, learn_nets
 from vlm.train.holdout import EXACT, Held, is_caption
 from vlm.train.place import add_place, place
 from vlm.train.screen import Screen
@@ -45,8 +47,8 @@ TWICE, WIDEST = 2, 100
 LEAST, ASKED = 100, 300
 """Of fewer questions nothing is learnt; asked are at most so many to see whether it helps."""
 
-Summaries = dict[str, Tensor]
-"""(1, 2 * D_v) summaries of pictures by their names."""
+Looks = dict[str, tuple[Tensor, str]]
+"""By names of pictures: their (1, 2 * D_v) summaries, and what the feature cache knows them by."""
 
 
 @dataclass
@@ -58,12 +60,14 @@ class Answered:
         answers: to each, one or those of several people.
         pictures: (M,) int64, which picture each is about.
         summaries: (P, 2 * D_v) of the pictures.
+        cells: (B,) pictures -> their (B, N, D_v) features; all at once would not fit into memory.
     """
 
     questions: list[str]
     answers: list[tuple[str, ...]]
     pictures: Tensor
     summaries: Tensor
+    cells: Callable[[Tensor], Tensor]
 
 
 def answered_examples(source: str | Path, split: str) -> list[Example]:
@@ -82,7 +86,7 @@ def _asks(example: Example) -> bool:
     return len(example.images) == len(example.turns) == 1 and not is_caption(example)
 
 
-def readable(model: VLM, examples: Sequence[Example], seen: Summaries, screen: Screen) -> list[Example]:
+def readable(model: VLM, examples: Sequence[Example], seen: Looks, screen: Screen) -> list[Example]:
     """The examples whose picture can be read; `seen` tells what each shows. Others are counted and named."""
     images = {image_name(example.images[0]): example.images[0] for example in examples}
     bad: list[str] = []
@@ -96,14 +100,15 @@ def readable(model: VLM, examples: Sequence[Example], seen: Summaries, screen: S
                 bad.append(str(problem))
         if opened:
             shown = summary(model.look(list(opened.values())).features)
-            seen.update(zip(opened, shown.split(1), strict=True))
+            keys = map(model.features.key, opened.values())
+            seen.update(zip(opened, zip(shown.split(1), keys, strict=True), strict=True))
         screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
     if bad:
         screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
     return [example for example in examples if image_name(example.images[0]) in seen]
 
 
-def look(model: VLM, examples: Sequence[Example], seen: Summaries, screen: Screen) -> Answered:
+def look(model: VLM, examples: Sequence[Example], seen: Looks, screen: Screen) -> Answered:
     """What is asked and shown; questions that are too long are left out and counted.
 
     Args:
@@ -121,16 +126,18 @@ def look(model: VLM, examples: Sequence[Example], seen: Summaries, screen: Scree
         raise DataError("no question is left to learn from")
     names = [image_name(example.images[0]) for example in kept]
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    keys = [seen[name][1] for name in places]
     return Answered(
         [plain(example.turns[0].text) for example in kept],
         [example.answers for example in kept],
         torch.tensor([places[name] for name in names]),
-        torch.cat([seen[name] for name in places]),
+        torch.cat([seen[name][0] for name in places]),
+        lambda some: model.features.stored([keys[place] for place in some.tolist()]),
     )
 
 
 def fit(data: Answered) -> KnownAnswers:
-    """Kernel ridge regression of the answers.
+    """Kernel ridge regression of the answers, and networks beside it.
 
     Raises:
         DataError: too few questions have an answer that was given twice.
@@ -151,7 +158,10 @@ def fit(data: Answered) -> KnownAnswers:
             if answer in places:
                 right[number, places[answer]] += 1 / len(lines[row])
     questions, pictures = [data.questions[row] for row in kept], data.pictures[kept]
-    return KnownAnswers.of(questions, known, _regressed(questions, pictures, data.summaries, right))
+    numbers = _regressed(questions, pictures, data.summaries, right)
+    whole = standardised(data.summaries, numbers["mean"], numbers["spread"])
+    nets = learn_nets(questions, right, pictures, Shown(data.cells, whole, numbers["mean"]))
+    return KnownAnswers.of(questions, known, numbers, nets)
 
 
 def _regressed(
@@ -190,7 +200,7 @@ def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> Learnt:
         DataError: too few questions, or no more are answered right.
     """
     taught, held = (answered_examples(source, part) for part in ("train-rest", "dev"))
-    seen: Summaries = {}
+    seen: Looks = {}
     held = readable(model, random.Random(0).sample(held, min(ASKED, len(held))), seen, screen)
     known = fit(look(model, taught, seen, screen))
     screen.say(f"{len(known.answers)} answers are known; {len(held)} questions of dev are asked twice")

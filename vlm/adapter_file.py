@@ -56,9 +56,23 @@ class AdapterFile:
             )
         return found
 
-    def known_answers(self, width: int) -> KnownAnswers | None:
-        """What guides its answers, or None where nobody has fitted it; as `consensus`."""
-        return KnownAnswers.from_tensors(self.guides, width)
+    def known_answers(self, width: int, cells: int) -> KnownAnswers | None:
+        """What guides its answers, or None where nobody has fitted it.
+
+        Args:
+            width: D_v of the encoder's features.
+            cells: N of them.
+
+        Raises:
+            WeightsError: damaged, or of another encoder.
+        """
+        found = KnownAnswers.from_tensors(self.guides, width)
+        if found is not None and found.cells not in (0, cells):
+            raise WeightsError(
+                f"answers are guided by {found.cells} cells of a picture, this encoder sees {cells}: "
+                f"`{found.COMMAND}` fits the guide anew"
+            )
+        return found
 
 
 def read_adapter(folder: Path) -> AdapterFile:

@@ -252,7 +252,7 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0, *, guides: bool = Tr
     """
     file, encoder = read_adapter(folder), model.encoder
     captions = file.consensus(encoder.width, len(encoder.labels)) if guides else None
-    answers = file.known_answers(encoder.width) if guides else None
+    answers = file.known_answers(encoder.width, encoder.tokens) if guides else None
     tensors = regrid(file.tensors, tokens, encoder.tokens) if tokens else file.tensors
     try:
         model.adapter.load_state_dict(tensors, strict=True)

@@ -1,10 +1,10 @@
 """Answers that were right for like questions about like pictures: they guide what is said to a question.
 
 Of the answers of a data set, which is right? Kernel ridge regression says so in seconds, from a question's
-words and a picture's frozen features; the language model knows how answers are worded and what its adapter
-has learnt. Both together (a product of experts, Hinton 2002) are right more often than either: each step's
-log-probabilities rise for tokens that lead to an expected answer, and for no other. Who asks something unlike
-all that is known is answered as without.
+words and a picture's frozen features, small networks beside it in minutes (`vlm.answer_net`); the language
+model knows how answers are worded and what its adapter has learnt. All together (a product of experts, Hinton
+2002) are right more often than each: each step's log-probabilities rise for tokens that lead to an expected
+answer, and for no other. Who asks something unlike all that is known is answered as without.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm.answer_net import AnswerNets
 from vlm.grams import Gram, grams
 from vlm.guide import (
     SMALLEST,
@@ -27,6 +28,7 @@ from vlm.guide import (
     require_positive,
     squeezed,
     unsqueezed,
+    usable,
 )
 from vlm.quantised import dequantise, quantise, require_quantised
 
@@ -69,10 +71,12 @@ def summary(features: Tensor) -> Tensor:
 class KnownAnswers(Guide):
     """A question and (I, N, D_v) features of pictures -> (I, A) how much each answer is expected.
 
-    Kernel ridge regression on the product of two kernels, of questions and of pictures.
+    Kernel ridge regression on the product of two kernels, of questions and of pictures; where a file holds
+    networks, the mean of both.
 
     Attributes:
         answers: the A answers that are known.
+        cells: N, if networks look at a picture's cells; else 0, and N is free.
     """
 
     PREFIX = "answers."
@@ -103,10 +107,16 @@ class KnownAnswers(Guide):
             require_quantised(held, name, MATRICES[name], shape)
         require_finite(held)
         require_positive("spread", held["spread"], SMALLEST)
+        self._nets = AnswerNets.of(held, width, len(self.answers))
+        self.cells = 0 if self._nets is None else len(self._nets.nets[0].position)
 
     @classmethod
     def of(
-        cls, questions: Sequence[str], answers: Sequence[str], numbers: Mapping[str, Tensor]
+        cls,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        numbers: Mapping[str, Tensor],
+        nets: AnswerNets | None = None,
     ) -> KnownAnswers:
         """One with these numbers, rounded to what a file holds.
 
@@ -116,12 +126,15 @@ class KnownAnswers(Guide):
             numbers: `pictures` (M,), which picture each question is about; `mean` and `spread` of `summary`
                 (2 * D_v,); `turn` (2 * D_v, Q), the directions in which pictures are compared; `seen`
                 (P, Q), the pictures; `weigh` (M, A), what each question counts for each answer.
+            nets: networks that know the same answers.
         """
         held = {name: numbers[name].float() for name in ("mean", "spread")}
         held |= {"pictures": numbers["pictures"].int(), "sizes": torch.tensor(numbers["seen"].shape)}
         held |= {"questions": squeezed(list(questions)), "answers": squeezed(list(answers))}
         for name, bits in MATRICES.items():
             held |= quantise(name, numbers[name], bits)
+        if nets is not None:
+            held |= nets.tensors()
         return cls(held, numbers["turn"].shape[0] // 2)
 
     @cached_property
@@ -146,6 +159,9 @@ class KnownAnswers(Guide):
         alike = self._words([plain(question)])
         trust = ((alike.amax() - STRANGE) / (FAMILIAR - STRANGE)).clamp(0, 1)
         expected: Tensor = joint(alike, near[:, known["pictures"]]) @ known["weigh"]
+        if self._nets is not None:
+            asked, cells = question_groups(plain(question)), standard_cells(features.cpu(), known["mean"])
+            expected = (expected + self._nets(asked, cells, unit)) / 2
         return trust * expected
 
     def expect(self, question: str, features: Tensor) -> list[tuple[str, float]]:
@@ -153,6 +169,16 @@ class KnownAnswers(Guide):
         shares, places = self.finite(self(question, features)[0]).topk(min(MOST, len(self.answers)))
         found = zip(places.tolist(), shares.tolist(), strict=True)
         return [(self.answers[place], share) for place, share in found if share > 0]
+
+
+def standard_cells(features: Tensor, mean: Tensor) -> Tensor:
+    """(I, N, D_v) features -> the same in units of how much they vary in a picture, about what is usual.
+
+    Args:
+        mean: (2 * D_v,) of `summary`.
+    """
+    usual, spread = mean.chunk(2)
+    return (features.float() - usual) / usable(spread)
 
 
 class QuestionKernel:

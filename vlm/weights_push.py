@@ -48,9 +48,9 @@ def adapter_files(folder: Path) -> list[Path]:
             raise WeightsError(f"{folder} holds no adapter: {name} is missing")
     values = read_config(folder)
     model_config(folder, values)
-    file, width = read_adapter(folder), int(values["features"]["width"])
-    file.consensus(width)
-    file.known_answers(width)
+    file, sizes = read_adapter(folder), values["features"]
+    file.consensus(int(sizes["width"]))
+    file.known_answers(int(sizes["width"]), int(sizes["tokens"]))
     return [folder / name for name in (*ADAPTER_FILES, *RUN_FILES) if (folder / name).is_file()]
 
 

@@ -116,12 +116,14 @@ def test_every_model_keeps_its_own(make_tiny: Callable[..., VLM], draw: Draw) ->
 def test_known_answers_guide_a_server_as_they_guide_a_single_question(
     make_tiny: Callable[..., VLM], served: Callable[..., Any], make: Any
 ) -> None:
+    from vlm.known_answers import summary
     from vlm.train.answers import Answered, fit
 
     model, url = make_tiny("flamingo"), make.url(1)
     texts, right = ["what is this", "how many are there"] * 100, [("red",), ("two",)] * 100
-    seen = torch.randn(1, 2 * model.encoder.width)
-    model.known_answers = fit(Answered(texts, right, torch.zeros(200, dtype=torch.long), seen))
+    seen = torch.randn(1, model.encoder.tokens, model.encoder.width)
+    pictures = torch.zeros(200, dtype=torch.long)
+    model.known_answers = fit(Answered(texts, right, pictures, summary(seen), lambda some: seen[some]))
     what, many, blind = (
         make.user("What is this?", url),
         make.user("How many are there?", url),

@@ -41,6 +41,12 @@ def write(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that learn little, but soon: what they are worth is tested beside them."""
+    monkeypatch.setattr("vlm.train.answer_net.LEAST", 1)
+
+
 @pytest.fixture
 def coloured(tmp_path: Path) -> Path:
     """A folder of 80 pictures of one colour each, with two questions about each."""
@@ -60,6 +66,11 @@ def adapter(recipe: Callable[..., TrainConfig], tmp_path: Path) -> Path:
     model = build_model(recipe().model)
     save_adapter(model, tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def shown(features: torch.Tensor) -> dict[str, Any]:
+    """Pictures of these (P, N, D_v) features, as `Answered` takes them."""
+    return {"summaries": summary(features), "cells": lambda some: features[some]}
 
 
 def test_it_is_kernel_ridge_regression() -> None:
@@ -101,16 +112,17 @@ def test_it_is_kernel_ridge_regression() -> None:
         torch.testing.assert_close(share, row @ weigh, atol=1e-4, rtol=1e-3)
 
 
-def test_answers_of_several_people_count_by_their_share() -> None:
-    pictures, summaries = torch.zeros(200, dtype=torch.long), torch.randn(1, 8)
+def test_answers_of_several_people_count_by_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.train.answer_net.LEAST", 300)
+    pictures, data = torch.zeros(200, dtype=torch.long), shown(torch.randn(1, 9, 4))
     people = [("yes", "yes", "no", "perhaps not\nat all"), ("rare",)] * 100
     people[1] = ("unique",)
-    known = fit(Answered(["is it so", "what is so rare"] * 100, people, pictures, summaries))
+    known = fit(Answered(["is it so", "what is so rare"] * 100, people, pictures, **data))
     assert known.answers == ["yes", "no", "perhaps not at all", "rare"]
-    shares = dict(known.expect("is it so", torch.zeros(1, 3, 4)))
+    shares = dict(known.expect("is it so", torch.zeros(1, 9, 4)))
     assert shares["yes"] == pytest.approx(2 * shares["no"], rel=0.05)
     with pytest.raises(DataError, match="0 questions whose answer was given 2 times are too few"):
-        fit(Answered(["what"] * 200, [(str(i),) for i in range(200)], pictures, summaries))
+        fit(Answered(["what"] * 200, [(str(i),) for i in range(200)], pictures, **data))
 
 
 def test_long_questions_and_many_are_bounded(
@@ -134,9 +146,9 @@ def test_long_questions_and_many_are_bounded(
 
 
 def test_long_and_broken_answers_are_no_known_ones() -> None:
-    pictures, summaries = torch.zeros(300, dtype=torch.long), torch.randn(1, 8)
+    pictures, data = torch.zeros(300, dtype=torch.long), shown(torch.randn(1, 9, 4))
     answers = [("so " * 40,), ("half \ud83d",), ("",)] * 100
-    known = fit(Answered(["what"] * 300, answers, pictures, summaries))
+    known = fit(Answered(["what"] * 300, answers, pictures, **data))
     assert known.answers == ["half ?"]
 
 

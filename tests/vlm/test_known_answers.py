@@ -228,13 +228,13 @@ def test_a_file_holds_them_beside_the_adapter_and_its_consensus(
     model = make_tiny("flamingo")
     model.hashes = {"encoder": "e", "language_model": "l"}
     save_adapter(model, tmp_path)
-    width, labels = model.encoder.width, len(model.encoder.labels)
-    assert read_adapter(tmp_path).known_answers(width) is None
+    width, labels, cells = model.encoder.width, len(model.encoder.labels), model.encoder.tokens
+    assert read_adapter(tmp_path).known_answers(width, cells) is None
     made, captions = known(width), letters(width, seed=1, labels=labels)
     for guide in (letters(width, labels=labels), made, captions):
         save_guide(tmp_path, guide)
     file = read_adapter(tmp_path)
-    back, consensus = file.known_answers(width), file.consensus(width)
+    back, consensus = file.known_answers(width, cells), file.consensus(width)
     assert back is not None
     assert consensus is not None
     features = torch.randn(1, 9, width)
