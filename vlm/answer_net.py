@@ -119,23 +119,24 @@ class AnswerNets:
         Raises:
             KeyError, ValueError: a number is missing or of another shape.
         """
-        if "net.groups" not in held:
+        begins = {name.partition(".")[0] for name in held if name.startswith("net")} - {"net"}
+        if not begins:
             return None
+        if len(begins) > MOST:
+            raise ValueError(f"there are more than {MOST} networks")
         groups = [tuple(line.split()) for line in unsqueezed(held["net.groups"])]
         if len(set(groups)) < len(groups):
             raise ValueError("a word group stands twice")
-        count = sum(name.endswith(".position") for name in held)
-        if not 1 <= count <= MOST:
-            raise ValueError(f"there are {count} networks, not 1 to {MOST}")
+        require_quantised(held, "net0.words.weight", BITS, (len(groups), WIDTH))
         cells = held["net0.position"].shape[:1].numel()
         sizes = len(groups), cells, channels, answers
-        return cls(groups, [_loaded(held, f"net{number}.", sizes) for number in range(count)])
+        return cls(groups, [_loaded(held, f"net{number}.", sizes) for number in range(len(begins))])
 
 
 def _loaded(held: Mapping[str, Tensor], begin: str, sizes: tuple[int, int, int, int]) -> AnswerNet:
     """The network whose numbers' names begin so."""
-    with torch.device("meta"):
-        net = AnswerNet(*sizes)
+    with torch.random.fork_rng(devices=[]):
+        net = AnswerNet(*sizes)  # not on `meta`: to draw there imports 900 modules, a third of a second
     own = {}
     for name, like in net.state_dict().items():
         key, shape = begin + name, tuple(like.shape)
@@ -145,5 +146,5 @@ def _loaded(held: Mapping[str, Tensor], begin: str, sizes: tuple[int, int, int, 
         else:
             require(held, key, torch.float32, shape)
             own[name] = held[key]
-    net.load_state_dict(own, assign=True)
+    net.load_state_dict(own)
     return net.requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 from helpers import damages
 
 from vlm.adapter_file import read_adapter
-from vlm.answer_net import AnswerNet
+from vlm.answer_net import AnswerNet, AnswerNets
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.errors import WeightsError
 from vlm.known_answers import KnownAnswers, question_groups, summary
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 THINGS = ("lamp", "sofa", "door", "chair")
 LEFT, RIGHT = "what is on the left", "what is on the right"
-KEPT = ("net.groups", "net0.position", "net0.cell.weight", "net1.answer.bias", "net1.words.weight.step")
+KEPT = (
+    "net.groups",
+    "net0.position",
+    "net0.cell.weight",
+    "net1.position",
+    "net1.answer.bias",
+    "net1.words.weight.step",
+)
 
 
 def rooms(count: int, seed: int, cells: int = 9) -> tuple[Tensor, list[tuple[str, str]]]:
@@ -85,13 +92,11 @@ def test_rooms_together_are_expected_what_they_are_alone(fitted: KnownAnswers) -
 def test_questions_of_one_batch_do_not_mix() -> None:
     torch.manual_seed(0)
     net, cells, whole = AnswerNet(7, 9, 16, 4).eval(), torch.randn(3, 9, 16), torch.randn(3, 32)
-    words = [[0, 3], [], [1, 2, 6]]
-    ends = torch.tensor([len(some) for some in words]).cumsum(0)
-    begins = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
-    together = net(torch.tensor(sum(words, [])), begins, cells, whole)
-    for i, some in enumerate(words):
-        told = torch.tensor(some, dtype=torch.long)
-        alone = net(told, torch.zeros(1, dtype=torch.long), cells[i : i + 1], whole[i : i + 1])
+    nets = AnswerNets([(letter,) for letter in "abcdefg"], [net])
+    questions = [{("a",), ("d",)}, {("unheard",)}, {("b",), ("c",), ("g",)}]
+    together = net(*nets.places(questions), cells, whole)
+    for i, question in enumerate(questions):
+        alone = net(*nets.places([question]), cells[i : i + 1], whole[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
@@ -129,8 +134,6 @@ def test_eight_bits_hold_them(fitted: KnownAnswers) -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_damaged_ones_are_named(name: str, fitted: KnownAnswers) -> None:
     for damaged in damages(fitted.tensors(), KnownAnswers.PREFIX + name):
-        if name == "net.groups" and KnownAnswers.PREFIX + name not in damaged:
-            continue  # without their words there are no networks, which is no damage
         with pytest.raises(WeightsError, match="is damaged"):
             KnownAnswers.from_tensors(damaged, 16)
 
