@@ -73,6 +73,24 @@ class Checked:
         return kept if away else list(sources), left
 
 
+def fitting_pairs(
+    sources: Sequence[Source], held: Sequence[Example], processor: Processor
+) -> tuple[list[Source], list[Example]]:
+    """`fitting` for pairs (`vlm.train.pairs`): where an answer cannot be read whole, both are left out."""
+    (chosen, rejected), half = sources, len(held) // 2
+    kept: list[list[Example]] = [[], [], [], []]
+    bad: list[BadRow] = []
+    for number, sides in enumerate(((chosen.examples, rejected.examples), (held[:half], held[half:]))):
+        for pair in zip(*sides, strict=True):
+            _, unfit = all_fitting(pair, processor)
+            bad += unfit[:1]
+            if not unfit:
+                for place, example in enumerate(pair):
+                    kept[2 * number + place].append(example)
+    told = replace(chosen, examples=kept[0], bad=[*chosen.bad, *bad])
+    return [told, replace(rejected, examples=kept[1])], kept[2] + kept[3]
+
+
 def fitting(
     sources: Sequence[Source], held: Sequence[Example], processor: Processor
 ) -> tuple[list[Source], list[Example]]:
@@ -152,7 +170,7 @@ def _rows_text(reading: Reading) -> str:
 
 def own(config: TrainConfig) -> bool:
     """Whether a run learns from a person's own pictures."""
-    return any(not source.name for source in config.sources) and config.objective != "words"
+    return any(not source.name for source in config.learnt)
 
 
 def sample_text(model: VLM, groups: Sequence[Group], store: FeatureStore, seed: int) -> str:

@@ -38,7 +38,7 @@ class SourceConfig:
     per_image: int = 5
     """At most this many answers a picture and epoch."""
     weight: float = 1.0
-    """Weight of its tokens in the loss. It draws nothing more often: `per_image` says how much is drawn."""
+    """Weight of its tokens in the loss; at 0 it is left out. `per_image` says how much of it is drawn."""
     limit: int = 0
     """Only the first so many pictures; 0: all."""
 
@@ -236,7 +236,7 @@ class TrainConfig:
         if not 0 < self.temperature < math.inf:
             raise ConfigError("temperature must be above 0")
         _require("out", repr(self.out), "the name of a folder", bool(self.out.strip()))
-        weighed = not self.sources or any(source.weight for source in self.sources)
+        weighed = bool(self.learnt) or not self.sources
         _require("sources: weight", 0, "above 0 in at least one of them", weighed)
         _require("seed", self.seed, f"at least 0 and below {SEEDS}", 0 <= self.seed < SEEDS)
         _require("fast.lower_cache", self.fast.lower_cache, "at least 0", self.fast.lower_cache >= 0)
@@ -260,11 +260,16 @@ class TrainConfig:
             raise ConfigError("flip must lie within 0..1; smoothing and holdout below 1")
         told = self.hints
         drawn = (told.drop, told.swap, told.foreign)
-        _require("hints.weight", told.weight, "at least 0", 0 <= told.weight < math.inf)
+        _require("hints.weight", told.weight, "above 0", 0 < told.weight < math.inf)
         if min(drawn) < 0 or sum(drawn) > 1 or not 0 <= told.naming <= 1:
             raise ConfigError(
                 "hints: drop, swap, foreign and naming are shares, the first three at most 1 in all"
             )
+
+    @property
+    def learnt(self) -> tuple[SourceConfig, ...]:
+        """The sources that are not left out."""
+        return tuple(source for source in self.sources if source.weight)
 
     def _check_stream(self) -> None:
         if not self.stream:

@@ -30,7 +30,7 @@ def prepare(model: VLM, config: FastConfig) -> Loss:
     Raises:
         ConfigError: a switch that this model cannot have.
     """
-    lowest = model.adapter.at_layers[0] if model.adapter.at_layers and not model.adapter.soft_tokens else 0
+    lowest = 0 if model.adapter.soft_tokens else min(model.adapter.at_layers, default=0)
     model.fused_loss = config.fused_loss
     if config.int8:
         quantise(model.language)
@@ -107,9 +107,17 @@ class Int8Linear(nn.Module):
 
 
 def quantise(language: nn.Module) -> None:
-    """Puts 8-bit weights into the decoder's layers; embeddings and the vocabulary projection stay."""
+    """Puts 8-bit weights into the decoder's layers; embeddings and the vocabulary projection stay.
+
+    Raises:
+        ConfigError: the layers hold no `nn.Linear` (GPT-2's are convolutions by name).
+    """
+    found = 0
     for layer in getattr(language, "layers"):  # noqa: B009
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
                     setattr(parent, name, Int8Linear(child))
+                    found += 1
+    if not found:
+        raise ConfigError("fast.int8: this language model's layers have no linear parts to put into 8 bits")

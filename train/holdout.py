@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ class Judge(Protocol):
     def file(self) -> str:
         """Name of the report in the run's folder."""
 
+    @property
+    def asked(self) -> str:
+        """A hash of what is asked, in order: a continued run must ask the same."""
+
     def ask(self, model: VLM) -> dict[str, Any]:
         """What the model says now."""
 
@@ -57,6 +62,10 @@ class Held:
         drawn = seeded("holdout", len(self.examples)).sample(range(len(self.examples)), MOST)
         return [self.examples[i] for i in sorted(drawn)]
 
+    @property
+    def asked(self) -> str:
+        return digest(self.chosen)
+
     def ask(self, model: VLM) -> dict[str, Any]:
         return vars(ask(model, self.chosen))
 
@@ -65,6 +74,12 @@ class Held:
 
     def show(self, found: dict[str, Any]) -> None:
         show(found)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of everything said in examples, in order; where their pictures lie is no part of it."""
+    said = [([turn.text for turn in example.turns], example.answers) for example in examples]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 @dataclass

@@ -6,9 +6,7 @@ sum of their weights, so neither the micro-batch nor the number of processes cha
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -35,9 +33,20 @@ from vlm.train.precision import in_bf16
 from vlm.train.prepare import FeatureStore
 from vlm.train.processes import Processes
 from vlm.train.recipe import identity, other_keys
+from vlm.train.record import SKIPPED, note_skipped
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
 from vlm.train.sharded import shard
-from vlm.train.state import newest_valid, pack, read_state, restore, save_state
+from vlm.train.state import (
+    newest_valid,
+    note_written,
+    pack,
+    processes_of,
+    read_state,
+    restore,
+    save_state,
+    step_of,
+    written_step,
+)
 
 BAD_STEPS = 5
 """Steps in a row with a loss that is no number, after which a run gives up."""
@@ -114,7 +123,7 @@ class Trainer:
         self.bad = 0
         self.skipped = 0
         self.seconds = 0.0
-        self.stopping = False
+        self.asked = False
         self.data_hash = store.data_hash(groups)
         self.reward = CiderReward(caption_references(groups)) if config.objective == "cider" else None
 
@@ -132,9 +141,14 @@ class Trainer:
         """Continues from the newest whole state, if there is one.
 
         Raises:
-            TrainingError: the state is of another recipe or other data.
+            TrainingError: the state is of another recipe or other data, or not all processes have it.
         """
         path, damaged = newest_valid(self.out / "state")
+        if len({tuple(place) for place in self.processes.gather([step_of(path) if path else 0])}) > 1:
+            raise TrainingError(
+                f"the processes find different states in {self.out}: out=FOLDER must lie on a disk that all "
+                "machines share"
+            )
         for folder in damaged:
             say(f"{folder} is damaged; {'the state before it is used' if path else 'starting anew'}")
         if path is None:
@@ -150,10 +164,13 @@ class Trainer:
             raise TrainingError(
                 f"{path} was trained on other pictures or answers: choose another out=FOLDER, or give --fresh"
             )
+        self.step, self.skipped = extra["step"], extra["skipped"]
+        if (begun := processes_of(tensors)) != self.processes.count:
+            say(f"the run was saved by {begun} processes, and {self.processes.count} go on: they draw anew")
+            set_seed(self.config.seed + self.processes.rank + self.step)
         restore(
             path, tensors, meta["groups"], self.trained, self.optimizer, self.average, self.processes.rank
         )
-        self.step, self.skipped = extra["step"], extra["skipped"]
         self.bad, self.seconds = extra.get("bad", 0), extra.get("seconds", 0.0)
         self.micro = extra.get("micro", self.micro)
         if (threads := extra.get("threads", torch.get_num_threads())) != torch.get_num_threads():
@@ -170,18 +187,24 @@ class Trainer:
         """Trains to the last step, or until told to stop, and leaves the adapter in `out`."""
         with self.processes.listening(self.stop):
             self.learn()
-        if self.processes.main:
+        if self.processes.main and not self.written:
             self.save_adapter()
+            note_written(self.out / "state", self.step)
         self.accelerator.wait_for_everyone()
 
-    def save_adapter(self, card: str = "") -> None:
+    @property
+    def written(self) -> bool:
+        """Whether the adapter of this very step is in `out`."""
+        return (self.out / "adapter.safetensors").is_file() and written_step(self.out / "state") == self.step
+
+    def save_adapter(self) -> None:
         """Writes the adapter (its moving average, where there is one) as float16."""
         tensors = self.average.tensors if self.average else self.adapter.state_dict()
-        save_adapter(self.model, self.out, card=card, tensors={k: v.half() for k, v in tensors.items()})
+        save_adapter(self.model, self.out, tensors={k: v.half() for k, v in tensors.items()})
 
     def stop(self) -> None:
-        """Ends the run after the step that is being made."""
-        self.stopping = True
+        """Ends the run after the step that is being made; the processes agree on that at its end."""
+        self.asked = True
 
     def learn(self, save: bool = True) -> None:
         """Makes the steps that are left, or those until `stop`; saves states on the way if `save`."""
@@ -189,9 +212,9 @@ class Trainer:
         self.model.train()
         if self.step == 0:
             set_seed(config.seed + self.processes.rank)
-        stream = self.batches()
+        stream, stopping = self.batches(), False
         try:
-            while self.step < config.steps and not self.stopping:
+            while self.step < config.steps and not stopping:
                 began = time.perf_counter()
                 result = self.one_step(*next(stream))
                 self.step += 1
@@ -200,7 +223,9 @@ class Trainer:
                 self.seconds += result.seconds
                 if self.processes.main:
                     self.report(result)
-                due = self.step % config.save_every == 0 or self.step == config.steps or self.stopping
+                # A signal may reach one process alone, at any time: none may act on it by itself.
+                stopping = sum(self.processes.sums([self.asked])) > 0
+                due = self.step % config.save_every == 0 or self.step == config.steps or stopping
                 if save and due:
                     self.save()
         finally:
@@ -272,8 +297,7 @@ class Trainer:
             self.backward(part, math.inf)
         rewards = sum(part.reward * len(part.rows) for part in parts)
         rows = sum(len(part.rows) for part in parts)
-        total, read, rewards, shown, stop = self.processes.sums([total, tokens, rewards, rows, self.stopping])
-        self.stopping = stop > 0
+        total, read, rewards, shown = self.processes.sums([total, tokens, rewards, rows])
         parameters = list(self.trained.parameters())
         self.processes.sum_gradients(parameters)
         numbers = self.adapter.statistics() | gradient_norms(self.adapter)
@@ -371,26 +395,11 @@ class Trainer:
         else:
             self.bad += 1
             self.skipped += 1
-            self._dump(loss, norm, groups)
+            if self.processes.main:
+                note_skipped(self.out, self.step + 1, loss, norm, groups)
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad >= BAD_STEPS:
             raise TrainingError(
-                f"{BAD_STEPS} steps in a row gave no finite loss; "
-                f"{self.out / 'skipped.jsonl'} names their samples"
+                f"{BAD_STEPS} steps in a row gave no finite loss; {self.out / SKIPPED} names their samples"
             )
         return fine
-
-    def _dump(self, loss: float, norm: float, groups: Sequence[Group]) -> None:
-        """Which samples a skipped step held."""
-        if not self.processes.main:
-            return
-        names = [
-            {"picture": group.id, "ids": [pair.example.id for pairs in group.by_source for pair in pairs]}
-            for group in groups
-        ]
-        line = {"step": self.step + 1, "loss": str(loss), "norm": str(norm), "samples": names}
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "skipped.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())

@@ -58,10 +58,15 @@ def apply(args: argparse.Namespace) -> None:
     """Gives the common options effect.
 
     Raises:
-        ConfigError: --dtype, which recipes spell `precision`.
+        ConfigError: --dtype, which recipes spell `precision`, or one GPU of several.
     """
     if args.dtype != "float32":
         raise ConfigError("training has no --dtype: say precision=bf16")
+    if args.device.startswith("cuda:"):
+        number = args.device.partition(":")[2]
+        raise ConfigError(
+            f"training takes what GPUs it sees: set CUDA_VISIBLE_DEVICES={number} and say --device cuda"
+        )
     apply_common(args)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
-from vlm.checkpoint import adapter_folder
+from vlm.checkpoint import adapter_folder, require_new
 from vlm.errors import WeightsError
 
 
@@ -32,11 +30,5 @@ def place(args: argparse.Namespace) -> tuple[Path, Path | None]:
             raise WeightsError(f"{args.adapter} is no folder of your own: --out DIR says where a copy goes")
         return folder, None
     out = args.out.expanduser()
-    try:
-        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            raise WeightsError(f"{out} is there already: --out takes a new folder, or an empty one")
-        with tempfile.TemporaryDirectory(dir=next(parent for parent in out.parents if parent.exists())):
-            pass
-    except OSError as problem:
-        raise WeightsError(f"{out} cannot be written: {problem.strerror or problem}") from problem
+    require_new(out)
     return folder, out

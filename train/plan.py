@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.adapters import ImageLayout
+from vlm.checkpoint import adapter_folder, model_config, read_config
+from vlm.errors import ConfigError
 from vlm.losses import CHUNK
 from vlm.model import VLM
 from vlm.options import add_offline, make_parser
@@ -77,16 +79,20 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, machine: str = "a100", *, offline: bool = False) -> Plan:
-    """Counts one micro-batch of the recipe on the `meta` device.
+    """Counts one micro-batch of the recipe's own model (`with_start`) on the `meta` device.
 
     Raises:
-        ConfigError: sizes that do not fit.
+        ConfigError: sizes that do not fit, or an objective whose steps are not those of `likelihood`.
         WeightsError: a frozen part that nothing is known of.
     """
+    if config.objective != "likelihood":
+        raise ConfigError(
+            f"the objective {config.objective} cannot be planned: its steps are of another kind"
+        )
     model = blueprint(config.model, offline=offline)
     there = MACHINES[machine]
     bf16 = config.precision == "bf16" or (config.precision == "auto" and there.bf16 > there.float32)
-    answers = sum(source.per_image for source in config.sources)
+    answers = sum(source.per_image for source in config.learnt)
     text = FRAME + ANSWER * answers
     one = _Work(model, text, answers * ANSWER, 1)
     kept = one.kept()
@@ -127,6 +133,21 @@ def make_plan(config: TrainConfig, machine: str = "a100", *, offline: bool = Fal
         seconds=step * config.steps,
         encode_seconds=encode.seconds / ENCODED * 1000,
     )
+
+
+def with_start(config: TrainConfig, *, offline: bool = False) -> TrainConfig:
+    """The recipe with the model that it trains, where that is the one of an adapter to start from.
+
+    Raises:
+        WeightsError: there is no such adapter.
+    """
+    if not config.start:
+        return config
+    folder = adapter_folder(config.start, offline=offline)
+    model = model_config(folder, read_config(folder))
+    if config.size:
+        model = replace(model, vision=replace(model.vision, size=config.size))
+    return replace(config, model=model)
 
 
 class _Work:
@@ -212,7 +233,8 @@ def plan_text(config: TrainConfig, plan: Plan) -> str:
     """The plan for people."""
     layers = f", blocks before layers {', '.join(map(str, plan.at_layers))}" if plan.at_layers else ""
     passes = f"{plan.micro} x {plan.kept_bytes / 1e6:.0f} MB kept for the backward pass"
-    verdict = "" if plan.fits else ": TOO MUCH, set micro= lower or fast.checkpointing=true"
+    less = "set micro= lower" if plan.micro > 1 else "fast.checkpointing=true keeps less than is counted here"
+    verdict = "" if plan.fits else f": TOO MUCH, {less}"
     return (
         f"encoder   {config.model.vision.encoder}: {plan.encoder / 1e6:.0f} M, "
         f"{plan.encoder_flops / 1e9:.1f} GFLOP a picture; features {plan.tokens} x {plan.width}, "
@@ -260,7 +282,7 @@ def main(argv: list[str]) -> int:
     how.add_argument("--json", action="store_true", help="every figure, for programs")
     how.add_argument("--row", action="store_true", help="a row of the table in docs/scale.md")
     args: argparse.Namespace = parser.parse_intermixed_args(argv)
-    config = read_recipe(args.recipe, args.settings)
+    config = with_start(read_recipe(args.recipe, args.settings), offline=args.offline)
     plan = make_plan(config, args.machine, offline=args.offline)
     if args.json:
         print(json.dumps(asdict(plan)))

@@ -61,11 +61,11 @@ class Preflight:
             f"peak memory about {self.memory / 1e9:.1f} GB; {self.micro} pictures a pass"
         )
 
-    def compared(self, seconds: float) -> str:
-        """The prediction beside what happened; `seconds` is what the steps took."""
+    def compared(self, seconds: float, memory: int) -> str:
+        """The prediction beside what happened; `seconds` is what the steps took, `memory` the most held."""
         return (
             f"took {duration(seconds)} (predicted {duration(self.seconds)}), "
-            f"peak memory {peak_memory() / 1e9:.1f} GB (predicted {self.memory / 1e9:.1f} GB)"
+            f"peak memory {memory / 1e9:.1f} GB (predicted {self.memory / 1e9:.1f} GB)"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -81,24 +81,24 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def peak_memory() -> int:
-    """Most bytes that this process has held: of the GPU where there is one, else of main memory.
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held of a GPU; on another device, of main memory.
 
     Where the system tells them apart, pages of files (stored features, weights) are not counted: they are
     dropped whenever something else needs the room.
     """
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":
         return peak
     return peak * 1024 - _kernel_says("/proc/self/status", "RssFile:", 0)
 
 
-def free_memory() -> int:
-    """Bytes that may still be taken; a large number where the system does not say."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken where a run computes; a large number where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     return _kernel_says("/proc/meminfo", "MemAvailable:", 1 << 40)
 
 
@@ -129,7 +129,11 @@ def preflight(trainer: Trainer) -> Preflight:
     everything = sum(p.numel() for p in trainer.model.parameters())
     left = config.steps - trainer.step
     # AdamW's two averages come with the first real step, the states below the adapter with the others.
-    memory = peak_memory() + (0 if trainer.step else 8 * trained) + (config.fast.lower_cache << 20)
+    memory = (
+        peak_memory(trainer.accelerator.device)
+        + (0 if trainer.step else 8 * trained)
+        + (config.fast.lower_cache << 20)
+    )
     return Preflight(
         frozen=everything - trained,
         trained=trained,
@@ -148,7 +152,8 @@ def preflight(trainer: Trainer) -> Preflight:
 def _untouched(trainer: Trainer) -> Iterator[None]:
     """Puts random generators, gradients and the model's mode back."""
     state = torch.get_rng_state()
-    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    device = trainer.accelerator.device
+    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     trainer.model.train()
     try:
         yield
@@ -156,8 +161,8 @@ def _untouched(trainer: Trainer) -> Iterator[None]:
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.model.eval()
         torch.set_rng_state(state)
-        for device in devices:
-            torch.cuda.set_rng_state(device)
+        if drawn is not None:
+            torch.cuda.set_rng_state(drawn, device)
 
 
 def _choose_micro(trainer: Trainer, batch: list[Group], epoch: int) -> int:
@@ -174,7 +179,7 @@ def _choose_micro(trainer: Trainer, batch: list[Group], epoch: int) -> int:
     floats = 10 * language.width + 4 * inner + 3 * config.num_attention_heads * nodes
     needed = 4 * floats * nodes * (language.num_layers - lowest)
     micro = len(batch)
-    while micro > 1 and micro * needed > SHARE * free_memory():
+    while micro > 1 and micro * needed > SHARE * free_memory(trainer.accelerator.device):
         micro = -(-micro // 2)
     return micro
 

@@ -47,7 +47,7 @@ def read_sources(config: TrainConfig) -> list[Source]:
         return pair_sources(config.data)
     if not config.sources:
         raise ConfigError("the recipe names no sources")
-    return [read_source(source, config) for source in config.sources]
+    return [read_source(source, config) for source in config.learnt]
 
 
 def read_source(source: SourceConfig, config: TrainConfig) -> Source:
@@ -81,7 +81,7 @@ def own_part(config: TrainConfig) -> Source | None:
     Raises:
         DataError: it cannot be read, or more than 1 % of its rows cannot be used.
     """
-    source = config.sources[0] if len(config.sources) == 1 else None
+    source = config.learnt[0] if len(config.learnt) == 1 else None
     if not config.holdout or source is None or source.name or source.split != "train" or not config.data:
         return None
     if own_dev(Path(config.data).expanduser()) is None:
@@ -141,7 +141,7 @@ def prints_of(images: Sequence[ImageSource], pictures: Sequence[Picture]) -> dic
 
 
 class FeatureStore:
-    """Features of the groups' pictures by group and view, always from the cache.
+    """Features of the groups' pictures by group and view, from the cache; without one, all from memory.
 
     Everything is encoded before the first step and read from the cache afterwards: the features of one
     picture differ in their last bits between batch sizes, and a resumed run must not see that. Several
@@ -197,7 +197,7 @@ class FeatureStore:
             self._keys[group.id, view] = [self.features.key(picture, view) for picture in pictures]
             if view == "whole":
                 self._first.update(told[0][0] for told in self._labels[group.id, view] if told)
-            if self._bytes < MEMORY:
+            if self._bytes < MEMORY or self.features.cache is None:
                 self._held[group.id, view] = seen.half()
                 self._bytes += seen.numel() * 2
 

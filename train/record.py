@@ -10,9 +10,10 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -21,13 +22,17 @@ from vlm.config import flat, to_dict
 from vlm.errors import ConfigError, DataError
 from vlm.train.config import TrainConfig
 from vlm.train.curve import draw_curve
-from vlm.train.loop import Step
 from vlm.train.screen import Screen
+
+if TYPE_CHECKING:
+    from vlm.data.collate import Group
+    from vlm.train.loop import Step
 
 LOG = "log.jsonl"
 RUN = "run.json"
 DEV = "dev.json"
 CURVE = "curve.png"
+SKIPPED = "skipped.jsonl"
 RISK = "risk.png"
 REDRAW = 60.0
 """Seconds between two drawings of the curve while a run goes on."""
@@ -54,6 +59,20 @@ def trim_log(out: Path, step: int) -> None:
     partial = out / f".{LOG}.partial"
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, out / LOG)
+
+
+def note_skipped(out: Path, step: int, loss: float, norm: float, groups: Sequence[Group]) -> None:
+    """Which samples a skipped step held; written through, as such runs often end badly."""
+    names = [
+        {"picture": group.id, "ids": [pair.example.id for pairs in group.by_source for pair in pairs]}
+        for group in groups
+    ]
+    line = {"step": step, "loss": str(loss), "norm": str(norm), "samples": names}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / SKIPPED, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Record:
@@ -90,11 +109,11 @@ class Record:
         row = asdict(step)
         if not math.isfinite(step.loss) or not math.isfinite(step.norm):
             row |= {"loss": None, "norm": None}  # JSON has no NaN
-            self.screen.say(f"step {step.step}: no finite loss; skipped (skipped.jsonl names the samples)")
+            self.screen.say(f"step {step.step}: no finite loss; skipped ({SKIPPED} names the samples)")
         self._log.write(json.dumps(row) + "\n")
+        self._log.flush()
         config = self.config
         if step.step % config.log_every == 0 or step.step in (1, config.steps):
-            self._log.flush()
             values = {"loss": step.loss, "learning rate": step.lr, "gradient norm": step.norm}
             self.accelerator.log(values | step.numbers, step=step.step)
         note = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.seconds:.2f} s/step"
@@ -104,7 +123,6 @@ class Record:
 
     def draw(self) -> None:
         """Draws the curve anew from the log."""
-        self._log.flush()
         self.drawn = time.time()
         draw_curve(read_log(self.out), self.out / CURVE, self.out.name)
 

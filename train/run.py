@@ -9,14 +9,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from vlm.checkpoint import build_model, load_model
+from vlm.checkpoint import build_model, load_model, require_own_name
 from vlm.config import to_dict
 from vlm.data.collate import Group, Source
 from vlm.data.example import Example
@@ -28,7 +30,7 @@ from vlm.train import checks, mup
 from vlm.train.answers import add_answers
 from vlm.train.card import write_card
 from vlm.train.config import TrainConfig
-from vlm.train.dev import apportion, open_dev
+from vlm.train.dev import Dev, apportion, open_dev
 from vlm.train.holdout import Held, Judge, write_report
 from vlm.train.loop import Trainer
 from vlm.train.pairs import paired
@@ -46,10 +48,12 @@ from vlm.weights_cache import cache_root
 
 TRAINERS: dict[str, type[Trainer]] = {"words": WordTrainer, "preference": PreferenceTrainer}
 """Objectives with a loop of their own."""
-TOLD = ("likelihood", "cider")
-"""Objectives that read rows one by one, so that one may be left out."""
+FITTING = {"likelihood": checks.fitting, "cider": checks.fitting, "preference": checks.fitting_pairs}
+"""What leaves out the rows that the model cannot read whole; words are learnt without reading any."""
 OURS = ("state", RUN, "words", "log.jsonl", "events")
 """What tells a run's folder from others, even where it was killed before its first state."""
+PATIENCE = timedelta(hours=6)
+"""For how long processes wait for the first one, which alone asks before and after a run."""
 
 
 def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, device: str = "auto") -> bool:
@@ -76,29 +80,36 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
             screen.say(f"{config.data} has a validation part: that is asked, and nothing else set aside")
         sources, held = set_aside(sources, config.holdout, part)
         model = make_model(config, offline, start)
-        if config.objective in TOLD:
-            sources, held = checks.fitting(sources, held, model.processor)
+        if config.objective in FITTING:
+            sources, held = FITTING[config.objective](sources, held, model.processor)
         groups, store = prepare(config, model, groups_of(sources), screen, accelerator)
         dev = open_dev(config, model, aside, screen, accelerator)
         checked = checks.check(config.data or "the data", sources, held, store)
-        screen.say(checked.text())
         held = checked.held
         sources, groups = checked.apart(sources, groups)
-        if checks.own(config):
-            screen.say(checks.sample_text(model, groups, store, config.seed))
+        if config.objective != "words":  # what that stage reads, the next one shows
+            screen.say(checked.text())
+            if checks.own(config):
+                screen.say(checks.sample_text(model, groups, store, config.seed))
         judge = _judge(config, sources, held, screen)
         if config.answers and not isinstance(judge, Held):
             screen.say("answers: none are learnt, as no answers are set aside to show that they help")
+        if judge and accelerator.distributed_type != DistributedType.FSDP:
+            model.to(accelerator.device)  # divided layers move when they are divided
         before = _before(model, judge, out) if judge and accelerator.is_main_process else None
         kind = TRAINERS.get(config.objective, Trainer)
         trainer = kind(model, config, groups, store, lambda _: None, accelerator)
         trainer.resume(screen.say)
+        if _complete(trainer, judge, dev):
+            if judge is not None and accelerator.is_main_process:
+                judge.show(json.loads((out / judge.file).read_text("utf-8")))
+            return _leave(trainer, screen)
         done = _run(trainer, screen, held, checked.reading)
         if dev is not None and done:
             screen.say(f"loss on {config.dev} pictures set aside: {dev.write(trainer)['loss']:.4f}")
     if judge is not None and before is not None and done:
         # The adapter as it was saved, on the frozen parts as others will load them.
-        saved = load_model(out, offline=offline, device=str(accelerator.device))
+        saved = load_model(out, offline=offline, device=str(accelerator.device), guides=False)
         saved.features.cache = model.features.cache
         after = judge.ask(saved)
         if config.answers and isinstance(judge, Held):
@@ -109,6 +120,16 @@ def train(config: TrainConfig, *, offline: bool = False, fresh: bool = False, de
         judge.show(found)
     _finish(trainer, done)
     return done
+
+
+def _complete(trainer: Trainer, judge: Judge | None, dev: Dev | None) -> bool:
+    """Whether an earlier run has written all there is to write: what was done to its adapter since stays."""
+    files = ([judge.file] if judge is not None else []) + ([DEV] if dev is not None else [])
+    return (
+        trainer.step >= trainer.config.steps
+        and trainer.written
+        and all((trainer.out / name).is_file() for name in files)
+    )
 
 
 def open_out(config: TrainConfig) -> None:
@@ -130,6 +151,7 @@ def open_out(config: TrainConfig) -> None:
             f"out={config.out} holds {', '.join(found[:3])} and no run of training: "
             "choose another folder, nothing is overwritten"
         )
+    require_own_name(out)
     known = [str(name) for name in get_available_trackers()]
     unknown = [name for name in config.trackers if name not in (*known, "all")]
     if unknown:
@@ -145,6 +167,7 @@ def _begin(config: TrainConfig, fresh: bool, device: str) -> Accelerator:
         cpu=on_cpu(device),
         log_with=list(config.trackers) or None,
         project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     out = Path(config.out)
     if fresh and accelerator.is_main_process:
@@ -154,16 +177,29 @@ def _begin(config: TrainConfig, fresh: bool, device: str) -> Accelerator:
     return accelerator
 
 
+def _leave(trainer: Trainer, screen: Screen) -> bool:
+    """Leaves alone what has nothing left to do; True."""
+    screen.say(
+        f"{trainer.out} has made all of its {trainer.step} steps and stays as it is; --fresh begins anew"
+    )
+    _close(trainer)
+    return True
+
+
 def _finish(trainer: Trainer, done: bool) -> None:
-    """Closes the cache, writes the card, and says where the adapter is."""
-    if trainer.model.features.cache is not None:
-        trainer.model.features.cache.close()
+    """Writes the card, and says where the adapter is."""
     if trainer.processes.main:
         write_card(trainer.out)
         word = (
             "the adapter is in" if done else f"stopped after step {trainer.step}; the same command goes on:"
         )
         print(f"{word} {trainer.out}", file=sys.stderr if not done else sys.stdout, flush=True)
+    _close(trainer)
+
+
+def _close(trainer: Trainer) -> None:
+    if trainer.model.features.cache is not None:
+        trainer.model.features.cache.close()
     trainer.accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts
 
 
@@ -177,6 +213,8 @@ def _train_streamed(config: TrainConfig, accelerator: Accelerator, offline: bool
         feed = Feed(config, model, Processes(accelerator), offline=offline)
         trainer = StreamTrainer(model, config, feed, lambda _: None, accelerator)
         trainer.resume(screen.say)
+        if _complete(trainer, None, None):
+            return _leave(trainer, screen)
         screen.say(
             f"{len(feed.laps.files)} shards, {accelerator.num_processes} process(es); "
             f"windows of {feed.most} pictures each"
@@ -203,7 +241,7 @@ def _learn_words(config: TrainConfig, offline: bool, fresh: bool, device: str) -
         batch=words.batch,
         micro=0,
         optim=replace(config.optim, warmup=words.warmup, decay=1.0, average=0.0),
-        holdout=0.0,
+        answers=False,
         trackers=(),
         note="The image side alone, taught the captions' words.",
     )
@@ -259,7 +297,9 @@ def prepare(
 def _judge(
     config: TrainConfig, sources: Sequence[Source], held: Sequence[Example], screen: Screen
 ) -> Judge | None:
-    """What is asked before and after the run; None where nothing is."""
+    """What is asked before and after the run; None where nothing is, as of words, which answer nothing."""
+    if config.objective == "words":
+        return None
     if config.objective != "preference":
         return Held(held) if held else None
     trained, unused = len(sources[0].examples), sum(source.unused for source in sources)
@@ -272,14 +312,23 @@ def _judge(
 
 
 def _before(model: VLM, judge: Judge, out: Path) -> dict[str, Any]:
-    """What the model said before it was trained; a continued run remembers it."""
+    """What the model said before it was trained; a continued run remembers it.
+
+    Raises:
+        ConfigError: what is set aside has changed meanwhile.
+    """
     kept = out / "state" / "before.json"
     if newest_valid(out / "state")[0] is not None and kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text("utf-8"))
-        return found
+        said: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+        if said.get("asked") != judge.asked:
+            raise ConfigError(
+                f"{out} was begun with other examples set aside: choose another out=FOLDER, or give --fresh"
+            )
+        remembered: dict[str, Any] = said["found"]
+        return remembered
     found = judge.ask(model)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found), encoding="utf-8")
+    kept.write_text(json.dumps({"asked": judge.asked, "found": found}), encoding="utf-8")
     return found
 
 
@@ -306,10 +355,10 @@ def _run(trainer: Trainer, screen: Screen, held: Sequence[Example], reading: Rea
             seconds=round(trainer.seconds, 1),
             wall_seconds=round(time.time() - began, 1),
             skipped=trainer.skipped,
-            peak_memory=peak_memory(),
+            peak_memory=peak_memory(trainer.accelerator.device),
             **counted,
         )
-    screen.say(plan.compared(trainer.seconds - earlier))
+    screen.say(plan.compared(trainer.seconds - earlier, peak_memory(trainer.accelerator.device)))
     if texts := counted.get("without_picture"):
         screen.say(told_texts(texts))
     return trainer.step >= config.steps

@@ -19,6 +19,7 @@ from vlm.config import CAPTION_PROMPT
 from vlm.conversation import Conversation
 from vlm.data.collate import Group
 from vlm.decoder import DecoderState
+from vlm.errors import DataError
 from vlm.eval.metrics.ptb import tokenize
 from vlm.grams import ORDER, Gram, grams
 from vlm.model import VLM
@@ -50,9 +51,17 @@ class CiderReward:
     """CIDEr-D (Vedantam et al. 2015) of single captions, with the document frequencies of a whole set.
 
     The same figure as pycocoevalcap's for the same set; its references' vectors are kept.
+
+    Raises:
+        DataError: fewer than two pictures have captions: no word would be rarer than another.
     """
 
     def __init__(self, references: dict[str, Sequence[str]]) -> None:
+        if len(references) < 2:
+            raise DataError(
+                "the objective cider compares with captions of at least two pictures; "
+                f"{len(references)} have some"
+            )
         cooked = {name: [caption_grams(text) for text in texts] for name, texts in references.items()}
         self.frequency: Counter[Gram] = Counter()
         for texts in cooked.values():
@@ -92,8 +101,9 @@ def sample_captions(
     model: VLM, rows: Sequence[Row], features: Tensor, samples: int, temperature: float, longest: int
 ) -> list[list[list[int]]]:
     """`samples` sampled answers (token ids, with their end where they have one) for each prompt."""
-    end, banned = model.language.frame.end, list(model.language.added_ids)
+    end = model.language.frame.end
     state, logits = DecoderState.prefill(model, rows, features)
+    banned = model.language.never_said().to(logits.device)
     said: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in rows]
     state.follow(torch.zeros(len(rows), samples, dtype=torch.long, device=logits.device))
     logits = logits.expand(-1, samples, -1)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     config = read_recipe(args.recipe, args.settings)
     apply(args)
-    loss, steps = selftest(config, offline=args.offline, steps=args.steps)
+    loss, steps = selftest(config, offline=args.offline, steps=args.steps, device=args.device)
     print(f"loss {loss:.4f} after {steps} steps on {PICTURES} pictures")
     if loss >= GOAL:
         raise VLMError(
@@ -49,16 +49,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def selftest(config: TrainConfig, *, offline: bool, steps: int = STEPS) -> tuple[float, int]:
+def selftest(
+    config: TrainConfig, *, offline: bool, steps: int = STEPS, device: str = "auto"
+) -> tuple[float, int]:
     """The last loss, and the steps it took."""
     import tempfile
 
-    import torch
     from accelerate import Accelerator
 
     from vlm.train.loop import Step, Trainer
     from vlm.train.prepare import FeatureStore, groups_of, read_sources
-    from vlm.train.run import make_model
+    from vlm.train.run import make_model, on_cpu
     from vlm.train.screen import Screen
 
     with tempfile.TemporaryDirectory() as folder:
@@ -90,9 +91,7 @@ def selftest(config: TrainConfig, *, offline: bool, steps: int = STEPS) -> tuple
             if step.loss < GOAL:
                 trainer.stop()
 
-        trainer = Trainer(
-            model, config, groups, store, report, Accelerator(cpu=not torch.cuda.is_available())
-        )
+        trainer = Trainer(model, config, groups, store, report, Accelerator(cpu=on_cpu(device)))
         with screen:
             trainer.learn(save=False)
         assert model.features.cache is not None

@@ -24,6 +24,7 @@ from vlm.train.optim import Average
 
 PREFIX = "step-"
 STAGING = ".saving"
+WRITTEN = "adapter-step"
 
 
 def pack(
@@ -57,6 +58,11 @@ def pack(
 def random_name(kind: str, rank: int) -> str:
     """What the state of a process's generator (`torch` or `cuda`) is called among a state's tensors."""
     return f"random/{kind}/{rank}" if rank else f"random/{kind}"
+
+
+def processes_of(tensors: Mapping[str, Tensor]) -> int:
+    """How many processes saved a state."""
+    return sum(name.startswith(random_name("torch", 0)) for name in tensors)
 
 
 def save_state(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
@@ -107,6 +113,25 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
+def step_of(path: Path) -> int:
+    """The step after which a state was saved."""
+    return int(path.name.removeprefix(PREFIX))
+
+
+def note_written(folder: Path, step: int) -> None:
+    """Notes beside the states that the adapter of a step has been written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WRITTEN).write_text(str(step), encoding="utf-8")
+
+
+def written_step(folder: Path) -> int | None:
+    """The step whose adapter was written last; None where nobody knows."""
+    try:
+        return int((folder / WRITTEN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def whole(path: Path) -> bool:
     """Whether a state's files are there and have the hashes of its manifest."""
     try:
@@ -150,7 +175,7 @@ def restore(
     average: Average | None,
     rank: int = 0,
 ) -> None:
-    """Puts everything back where `pack` found it.
+    """Puts everything back where `pack` found it; a process that was not there keeps its random generators.
 
     Raises:
         WeightsError: the state belongs to another recipe.
@@ -168,7 +193,8 @@ def restore(
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if average is not None:
             average.load_state_dict(part("average/"))
-        torch.set_rng_state(tensors[random_name("torch", rank)])
+        if rank < processes_of(tensors):
+            torch.set_rng_state(tensors[random_name("torch", rank)])
     except (RuntimeError, ValueError, KeyError) as problem:
         raise WeightsError(f"{path} belongs to another recipe: {problem}") from problem
     device = tensors.get(random_name("cuda", rank))

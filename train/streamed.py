@@ -94,7 +94,7 @@ class Feed:
         """(examples, unusable rows, number of rows, rows about no picture) from `place` on; sets `after`."""
         examples: list[Example] = []
         bad: list[BadRow] = []
-        names: set[str] = set()
+        shown: dict[str, int] = {}
         count = texts = 0
         for after, found in self.laps.rows(self.place):
             about_none = any(isinstance(item, TextRow) for item in found)
@@ -103,8 +103,8 @@ class Feed:
             said, unfit = all_fitting(said, self.model.processor)
             bad += [*(item for item in found if isinstance(item, BadRow)), *silent, *unfit]
             examples += said
-            names.update(group_name(example.images) for example in said)
-            if len(names) >= self.most:
+            shown |= {group_name(example.images): len(example.images) for example in said}
+            if sum(shown.values()) >= self.most:
                 self.after = after
                 return examples, bad, count, texts
         self.after = Place(self.place.lap + 1)

@@ -56,6 +56,14 @@ class Wins:
     beta: float
     file: str = FILE
 
+    @property
+    def asked(self) -> str:
+        sides = [
+            Example(pair.conversation.images, pair.conversation.turns, (pair.chosen, pair.rejected), pair.id)
+            for pair in self.pairs
+        ]
+        return holdout.digest([*sides, *self.captions])
+
     def ask(self, model: VLM) -> dict[str, Any]:
         """(log p(chosen), log p(rejected)) of every pair, and CIDEr."""
         scores = model.score(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -56,11 +57,38 @@ def adapter_folder(adapter: str | Path, *, offline: bool = False) -> Path:
     )
 
 
+def require_own_name(out: Path) -> None:
+    """Raises:
+    WeightsError: `out` would be taken for an adapter that ships wherever it is asked for.
+    """
+    if (ASSETS / str(out) / "config.json").is_file() and out.resolve() != (ASSETS / str(out)).resolve():
+        raise WeightsError(f"{out} is the name of an adapter that ships: call this one otherwise")
+
+
+def require_new(out: Path) -> None:
+    """Sees to it before any work that an adapter can be written to a folder of its own.
+
+    Raises:
+        WeightsError: there is something already, the name is that of an adapter that ships, or the place
+            cannot be written to.
+    """
+    require_own_name(out)
+    try:
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise WeightsError(f"{out} is there already: name a new folder, or an empty one")
+        with tempfile.TemporaryDirectory(
+            dir=next(parent for parent in out.absolute().parents if parent.exists())
+        ):
+            pass
+    except OSError as problem:
+        raise WeightsError(f"{out} cannot be written: {problem.strerror or problem}") from problem
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's `config.json`.
 
     Raises:
-        WeightsError: it cannot be read, or comes from a later format.
+        WeightsError: it cannot be read, lacks something, or comes from a later format.
     """
     path = folder / "config.json"
     try:
@@ -74,6 +102,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     hashes = values.get("hashes")
     if not isinstance(hashes, dict) or not hashes.keys() >= {"encoder", "language_model"}:
         raise WeightsError(f"{path} does not say which frozen parts the adapter was trained with")
+    seen = values.get("features")
+    if not isinstance(seen, dict) or not all(type(seen.get(key)) is int for key in ("tokens", "width")):
+        raise WeightsError(f"{path} does not say which features the adapter reads (features: tokens, width)")
     return values
 
 
@@ -136,7 +167,7 @@ def save_guide(folder: Path, guide: Guide, out: Path | None = None) -> None:
 def save_adapter(
     model: VLM, folder: Path, *, card: str = "", tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes the adapter atomically: a reader finds the old folder's files or the new ones, whole.
+    """Writes the adapter: a reader finds every file whole, the old one or the new.
 
     Args:
         card: text of README.md.

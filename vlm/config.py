@@ -210,7 +210,7 @@ class GenerationConfig:
             "temperature": 0 <= self.temperature < math.inf,
             "top_p": 0 < self.top_p <= 1,
             "seed": self.seed is None or -(2**63) <= self.seed < 2**64,
-            "length_penalty": math.isfinite(self.length_penalty),
+            "length_penalty": -10 <= self.length_penalty <= 10,
             "consensus": 0 <= self.consensus < math.inf,
             "known_answers": 0 <= self.known_answers <= 1000,
             "batch_size": self.batch_size >= 1,

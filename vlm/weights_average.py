@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm import __version__
 from vlm.adapter_file import read_adapter
 from vlm.card import card_head, table
-from vlm.checkpoint import adapter_folder, read_config, write_adapter
+from vlm.checkpoint import adapter_folder, read_config, require_new, write_adapter
 from vlm.config import flat
 from vlm.errors import ConfigError, WeightsError
 
@@ -49,15 +49,13 @@ def average(
     Raises:
         ConfigError: fewer than two adapters, or weights that do not fit.
         WeightsError: one is no adapter or is damaged, they differ in configuration, frozen parts or tensors,
-            or `out` is one of them or cannot be written.
+            or `out` is there already or cannot be written.
     """
     if len(adapters) < 2:
         raise ConfigError("an average needs at least two adapters")
     shares = _shares(weights, len(adapters))
     folders = [adapter_folder(name, offline=offline) for name in adapters]
-    for folder in folders:
-        if folder.resolve() == out.resolve():
-            raise WeightsError(f"{out} is one of the adapters to be averaged: name another folder")
+    require_new(out)
     soup: list[Ingredient] = []
     for name, folder, share in zip(adapters, folders, shares, strict=True):
         config = read_config(folder)

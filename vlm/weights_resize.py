@@ -14,9 +14,8 @@ from vlm import __version__
 from vlm.adapter_file import read_adapter
 from vlm.adapters.positions import regrid
 from vlm.card import card_head, table
-from vlm.checkpoint import adapter_folder, model_config, read_config, write_adapter
+from vlm.checkpoint import adapter_folder, model_config, read_config, require_new, write_adapter
 from vlm.config import to_dict
-from vlm.errors import WeightsError
 
 
 def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None:
@@ -26,15 +25,14 @@ def resize(out: Path, adapter: str, size: int, *, offline: bool = False) -> None
 
     Raises:
         ConfigError: the encoder cannot read pictures of this size.
-        WeightsError: `adapter` is none or is damaged, its tokens are no square grid, or `out` is the adapter
-            itself or cannot be written.
+        WeightsError: `adapter` is none or is damaged, its tokens are no square grid, or `out` is there
+            already or cannot be written.
     """
     from vlm.vision import load_encoder
     from vlm.weights import resolve
 
     folder = adapter_folder(adapter, offline=offline)
-    if folder.resolve() == out.resolve():
-        raise WeightsError(f"{out} is the adapter to be resized: name another folder")
+    require_new(out)
     values = read_config(folder)
     trained = model_config(folder, values)
     vision = replace(trained.vision, size=size)

@@ -115,7 +115,7 @@ def test_killed_inside_a_save(long_recipe: Any, tmp_path: Path) -> None:
     assert ends[-1] == ["-", "0"]
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     left = {path.name for path in (tmp_path / "broken" / "state").iterdir()}
-    assert left == {f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"}
+    assert left == {f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}", state.WRITTEN}
 
 
 def command(recipe: Path) -> list[str]:

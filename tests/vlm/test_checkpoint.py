@@ -194,7 +194,12 @@ def test_a_pickle_is_never_opened(saved: tuple[VLM, Path]) -> None:
         ('{"format": 1}', "which frozen parts"),
         ('{"format": 1, "hashes": []}', "which frozen parts"),
         ('{"format": 1, "hashes": {"encoder": "x"}}', "which frozen parts"),
-        ('{"format": 1, "hashes": {"encoder": "x", "language_model": "y"}}', "not usable"),
+        ('{"format": 1, "hashes": {"encoder": "x", "language_model": "y"}}', "which features"),
+        (
+            '{"format": 1, "hashes": {"encoder": "x", "language_model": "y"}, '
+            '"features": {"tokens": 4, "width": 8}}',
+            "not usable",
+        ),
     ],
 )
 def test_a_damaged_config(text: str, word: str, saved: tuple[VLM, Path]) -> None:

@@ -93,7 +93,7 @@ def test_what_cannot_be_averaged(soup: list[str], tmp_path: Path) -> None:
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], [1.0, float("inf")]):
         with pytest.raises(ConfigError, match="weights"):
             average(tmp_path / "x", soup[:2], weights)
-    with pytest.raises(WeightsError, match="name another folder"):
+    with pytest.raises(WeightsError, match="name a new folder"):
         average(Path(soup[0]), soup[:2])
     with pytest.raises(WeightsError, match="is no adapter"):
         average(tmp_path / "x", [soup[0], str(tmp_path / "absent")])

@@ -70,7 +70,7 @@ def test_what_cannot_be_resized(
     make_tiny: Callable[..., VLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_adapter(make_tiny(), tmp_path / "a")
-    with pytest.raises(WeightsError, match="name another folder"):
+    with pytest.raises(WeightsError, match="name a new folder"):
         resize(tmp_path / "a", str(tmp_path / "a"), 128)
     with pytest.raises(WeightsError, match="no square grids"):
         at_grid(torch.zeros(17, 2), 36)
