@@ -104,17 +104,17 @@ def sample_captions(
     end = model.language.frame.end
     state, logits = DecoderState.prefill(model, rows, features)
     banned = model.language.never_said().to(logits.device)
+    last = int((~banned).nonzero()[-1])
     said: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in rows]
     state.follow(torch.zeros(len(rows), samples, dtype=torch.long, device=logits.device))
     logits = logits.expand(-1, samples, -1)
     going = said  # row after row, the samples that go on
     for _ in range(longest):
-        likely = (logits / temperature).softmax(dim=-1)
-        likely[..., banned] = 0
+        likely = (logits / temperature).masked_fill(banned, -torch.inf).softmax(dim=-1)
         # By the cumulative distribution: `torch.multinomial` draws a number for every word of the vocabulary.
         reached = likely.cumsum(dim=-1)
         drawn = torch.rand_like(reached[..., -1:]) * reached[..., -1:]
-        chosen = torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=likely.shape[-1] - 1)
+        chosen = torch.searchsorted(reached, drawn, right=True)[..., 0].clamp(max=last)
         branches: list[list[int]] = []
         for texts, tokens in zip(going, chosen.tolist(), strict=True):
             for text, token in zip(texts, tokens, strict=False):  # what a row repeats is not listened to

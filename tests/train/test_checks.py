@@ -315,3 +315,19 @@ def test_a_folders_own_validation_part_is_what_is_asked(
     found = json.loads((Path(config.out) / "holdout.json").read_text())
     assert [row["id"] for row in found["answers"]] == [f"metadata.csv:{n}" for n in (2, 3, 4)]
     assert found["set_aside"] == 3
+
+
+def test_a_pair_that_is_too_long_is_left_out_whole(
+    preferring: Recipe, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.train.run import train
+
+    place = pairs_file(80)
+    rows = [json.loads(line) for line in place.read_text().splitlines()]
+    rows[3]["rejected"] = "long words " * 300
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = preferring(data=place, steps=2, holdout=0.2)
+    assert train(config, offline=True)
+    assert "1 x too much for the model" in capsys.readouterr().err
+    facts = json.loads((Path(config.out) / "run.json").read_text())
+    assert [name.split(":")[0] for name in facts["left_out"]] == [rows[3]["id"]]

@@ -117,6 +117,26 @@ def test_eight_bits_stay_near(recipe: Any, losses_of: Any) -> None:
     assert narrow == pytest.approx(plain, rel=0.02)
 
 
+def test_layers_in_any_order_keep_the_same_states(recipe: Any, losses_of: Any) -> None:
+    sizes = {"layers": (3, 1)}
+    plain = losses_of(recipe(sizes=sizes))
+    kept = losses_of(recipe(sizes=sizes, fast=FastConfig(lower_cache=8)))
+    assert kept == pytest.approx(plain, abs=1e-4)
+
+
+def test_eight_bits_of_nothing_are_refused(recipe: Any, trainer_of: Any) -> None:
+    with pytest.raises(VLMError, match="no linear parts"):
+        trainer_of(recipe(family="gpt2", fast=FastConfig(int8=True)))
+
+
+def test_a_source_of_no_weight_is_left_out(recipe: Any, losses_of: Any) -> None:
+    from vlm.train.config import SourceConfig
+
+    shapes = SourceConfig(name="shapes", limit=12, per_image=3)
+    absent = SourceConfig(name="flickr8k", weight=0.0)
+    assert losses_of(recipe(sources=(shapes, absent))) == losses_of(recipe(sources=(shapes,)))
+
+
 def test_hidden_states_are_kept_only_where_they_depend_on_words_alone(recipe: Any, trainer_of: Any) -> None:
     with pytest.raises(VLMError, match="lower_cache"):
         trainer_of(recipe("qformer", fast=FastConfig(lower_cache=8)))

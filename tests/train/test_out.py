@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, WeightsError
 from vlm.train.run import open_out, train
 
 if TYPE_CHECKING:
@@ -50,6 +50,16 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(recipe: Recipe, tmp_pat
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
         train(recipe(out=str(tmp_path / place)), offline=True)
+
+
+@pytest.mark.usefixtures("never_encoded")
+def test_the_name_of_an_adapter_that_ships_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match="daquar is the name of an adapter that ships"):
+        train(recipe(out="daquar"), offline=True)
+    open_out(recipe(out=str(tmp_path / "daquar")))
 
 
 @pytest.mark.parametrize("name", ["state", "run.json", "words", "log.jsonl", "events", ".hidden"])

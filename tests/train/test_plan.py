@@ -214,3 +214,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "of 24" in capsys.readouterr().out
     assert main(["train", "plan", "no-such"]) == 1
     assert "no recipe" in capsys.readouterr().err
+
+
+def test_a_recipe_is_planned_with_the_adapter_it_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from vlm.cli import main
+
+    assert main(["train", "plan", "daquar", "--json", "--offline"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["tokens"], plan["width"]) == (144, 1760)  # of 384 pixels, the last stage
+    assert main(["train", "plan", "prefer", "--offline"]) == 1
+    assert "cannot be planned" in capsys.readouterr().err

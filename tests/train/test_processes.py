@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ def test_two_processes_go_on_where_they_stopped(recipe: Any, run: Any, tmp_path:
     whole = run(recipe(out=str(tmp_path / "whole"), **keys), 2)
     config = recipe(out=str(tmp_path / "cut"), **keys)
     run(config, 2)
-    import shutil
-
     shutil.rmtree(tmp_path / "cut" / "state" / "step-00000006")
     again = run(config, 2)
     assert again["losses"] == whole["losses"][3:]
@@ -55,8 +54,6 @@ def test_two_processes_go_on_where_they_stopped(recipe: Any, run: Any, tmp_path:
 
 def test_two_processes_on_shards(recipe: Any, run: Any, write_shards: Any, tmp_path: Path) -> None:
     """Each has its own share; both go on with the very next pictures of theirs, and stay one."""
-    import shutil
-
     from vlm.train.config import SourceConfig
 
     write_shards(tmp_path / "shards", [5, 2, 4])
@@ -73,3 +70,28 @@ def test_two_processes_on_shards(recipe: Any, run: Any, write_shards: Any, tmp_p
     again = run(config, 2)
     assert again["losses"] == whole["losses"][2:]
     assert again["weights"] == whole["weights"]
+
+
+@pytest.mark.timeout(120)
+def test_a_signal_to_one_process_ends_both_after_one_step(recipe: Any, run: Any, tmp_path: Path) -> None:
+    config = recipe(out=str(tmp_path / "two"), steps=8, batch=4, save_every=100)
+    two = run(config, 2, VLM_TEST_SIGNAL="3")
+    assert len(two["losses"]) == 3
+    assert two["weights"][0] == two["weights"][1]
+    assert [path.name for path in (tmp_path / "two" / "state").glob("step-*")] == ["step-00000003"]
+
+
+def test_more_processes_go_on_with_a_run(recipe: Any, run: Any, tmp_path: Path) -> None:
+    keys = {"out": str(tmp_path / "out"), "batch": 4, "save_every": 3}
+    whole = run(recipe(steps=6, **keys), 1)
+    shutil.rmtree(tmp_path / "out" / "state" / "step-00000006")
+    two = run(recipe(steps=6, **keys), 2)
+    assert two["losses"] == pytest.approx(whole["losses"][3:], abs=1e-5)
+    assert two["weights"][0] == two["weights"][1]
+
+
+def test_processes_that_find_different_states_do_not_go_on(recipe: Any, run: Any, tmp_path: Path) -> None:
+    config = recipe(out=str(tmp_path / "out"), batch=4, save_every=2)
+    run(config, 2, VLM_TEST_APART="1")  # each on a disk of its own, and the first one alone saves
+    with pytest.raises(AssertionError, match="must lie on a disk that all machines share"):
+        run(config, 2, VLM_TEST_APART="1")

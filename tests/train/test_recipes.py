@@ -189,6 +189,11 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in NAMES)
 
 
+def test_one_gpu_of_several_is_chosen_by_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "smoke", "--device", "cuda:1"]) == 1
+    assert "CUDA_VISIBLE_DEVICES=1" in capsys.readouterr().err
+
+
 def test_dtype_is_spelled_precision(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "smoke", "--dtype", "bfloat16"]) == 1
     assert "precision=bf16" in capsys.readouterr().err

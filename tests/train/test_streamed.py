@@ -221,3 +221,16 @@ def test_a_share_with_nothing_in_it(streamed: Any, write_shards: Any, tmp_path: 
         except DataError as problem:
             assert "finds nothing to learn in its share" in str(problem)
     assert shares == [[["picture number 0"]]]
+
+
+def test_windows_of_any_size_are_held_where_there_is_no_cache(
+    streamed: Any, trainer_of_feed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm.train import prepare
+    from vlm.train import streamed as module
+
+    monkeypatch.setattr(prepare, "MEMORY", 1)  # a step's pictures are more than that
+    monkeypatch.setattr(module, "MEMORY", 1)
+    trainer, steps = trainer_of_feed(streamed(batch=4, steps=4))
+    trainer.learn(save=False)
+    assert len(steps) == 4

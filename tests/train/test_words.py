@@ -115,6 +115,31 @@ def test_one_command_teaches_words_and_then_sentences(recipe: Recipe, capsys: An
     assert len((out / "words" / "log.jsonl").read_text().splitlines()) == 3
 
 
+def test_pictures_set_aside_are_no_part_of_the_words(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.train import run
+
+    seen: dict[str, set[str]] = {"words": set(), "sentences": set()}
+
+    def watched(kind: type[Trainer], stage: str) -> type[Trainer]:
+        class Watched(kind):  # type: ignore[misc, valid-type]
+            def prepare(self, groups: Any, epoch: int) -> Any:
+                seen[stage] |= {group.id for group in groups}
+                return super().prepare(groups, epoch)
+
+        return Watched
+
+    monkeypatch.setitem(run.TRAINERS, "words", watched(run.WordTrainer, "words"))
+    monkeypatch.setattr(run, "Trainer", watched(run.Trainer, "sentences"))
+    config = recipe(words=WordsConfig(steps=6, batch=12, rarest=1), holdout=0.25, steps=6)
+    assert run.train(config, offline=True)
+    assert len(seen["words"]) == 9  # of twelve pictures
+    assert seen["words"] == seen["sentences"]
+    assert not (Path(config.out) / "words" / "holdout.json").exists()
+    assert "3 pictures that training has not seen" in capsys.readouterr().out
+
+
 # --- hints --------------------------------------------------------------------------------------------
 
 

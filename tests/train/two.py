@@ -1,14 +1,19 @@
 """One of two processes of a run: `python two.py RECIPE.yaml OUT.json` under torch's launcher.
 
-Writes the losses and a digest of the weights of every process.
+Writes the losses and a digest of the weights of every process. VLM_TEST_SIGNAL=N: the second process gets a
+SIGTERM in the middle of step N. VLM_TEST_APART: every process has a disk of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -39,11 +44,25 @@ def held(trainer: Trainer) -> float:
     return mine / sum(p.numel() for p in parameters)
 
 
+def signal_in(step: int, trainer: Trainer) -> None:
+    """The second process is told to end while the gradients of a step are summed."""
+    plain = trainer.processes.sum_gradients
+
+    def summed(parameters: Any) -> None:
+        if trainer.step + 1 == step and trainer.processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(parameters)
+
+    trainer.processes.sum_gradients = summed  # type: ignore[method-assign]
+
+
 def main(recipe: str, out: Path) -> None:
     """Trains; the first process writes what all of them have come to."""
     torch.set_num_threads(1)
     config = read_recipe(recipe)
     accelerator = Accelerator(cpu=True)
+    if "VLM_TEST_APART" in os.environ:
+        config = replace(config, out=f"{config.out}-{accelerator.process_index}")
     model = make_model(config, offline=True)
     if accelerator.process_index:
         with torch.no_grad():  # a process that begins elsewhere is put right by the first one
@@ -60,6 +79,8 @@ def main(recipe: str, out: Path) -> None:
         kind = TRAINERS.get(config.objective, Trainer)
         trainer = kind(model, config, groups, store, steps.append, accelerator)
     trainer.resume()
+    if "VLM_TEST_SIGNAL" in os.environ:
+        signal_in(int(os.environ["VLM_TEST_SIGNAL"]), trainer)
     trainer.run()
     found = torch.zeros(accelerator.num_processes, 32, dtype=torch.uint8)
     found[accelerator.process_index] = torch.tensor(list(bytes.fromhex(digest(trainer))), dtype=torch.uint8)
