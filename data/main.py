@@ -22,7 +22,7 @@ from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
 from vlm.errors import DataError, VLMError
-from vlm.options import add_common, apply_common, keep_memory, make_parser, offline_from_environment
+from vlm.options import add_common, add_offline, apply_common, keep_memory, make_parser
 
 SHOWN = 10
 # Sets without a dev part of their own: theirs is set aside from the training part by picture.
@@ -208,9 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--adapter", metavar="NAME", help="print the samples as this adapter's model sees them"
     )
-    check.add_argument(
-        "--offline", action="store_true", default=offline_from_environment(), help="never touch the network"
-    )
+    add_offline(check)
     check.add_argument("--json", action="store_true", help="the whole report for programs")
     check.set_defaults(run=_check)
     convert = commands.add_parser(
@@ -219,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("name", help=", ".join(DATASETS))
     convert.add_argument("source", help="the download's folder (easy-vqa: `package` for the installed one)")
     convert.add_argument("destination", help="a new folder")
+    add_offline(convert)
     convert.set_defaults(run=_convert)
     questions = commands.add_parser(
         "questions", allow_abbrev=False, help="captions -> questions with short answers"
@@ -228,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     questions.add_argument(
         "--seed", type=int, default=0, help="chooses among the possible questions (default: 0)"
     )
+    add_offline(questions)
     questions.set_defaults(run=_questions)
     _remember_parser(commands)
     return parser

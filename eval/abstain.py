@@ -16,7 +16,7 @@ import numpy as np
 from vlm.config import AbstainConfig
 from vlm.errors import DataError
 from vlm.eval import report, tasks
-from vlm.options import make_parser, offline_from_environment
+from vlm.options import add_offline, make_parser
 
 LEAST = 20
 """Answers that must be left: the accuracy of fewer says little of the next hundred."""
@@ -32,12 +32,13 @@ def main(argv: list[str]) -> int:
         "--target", type=_share, required=True, metavar="X", help="accuracy of the answers given, 0 to 1"
     )
     parser.add_argument("--adapter", metavar="ID|DIR", help="where it is written (default: the report's)")
+    add_offline(parser)
     args = parser.parse_args(argv)
     from vlm.checkpoint import adapter_folder, save_abstain
 
     block = report.read_report(args.report)
     fitted = fit(block, report.read_items(args.report), args.target)
-    folder = adapter_folder(args.adapter or block["adapter"], offline=offline_from_environment())
+    folder = adapter_folder(args.adapter or block["adapter"], offline=args.offline)
     require_same_adapter(block, folder)
     save_abstain(folder, fitted)
     print(

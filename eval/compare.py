@@ -12,7 +12,7 @@ from vlm.errors import DataError
 from vlm.eval import outputs, report, stats
 from vlm.eval.corpus import CORPUS_SCORES
 from vlm.eval.task import LOWER_IS_BETTER
-from vlm.options import make_parser
+from vlm.options import add_offline, make_parser
 
 Row = dict[str, Any]
 Pair = tuple[Row, Row]  # one item in both reports
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         "--show", type=int, default=10, metavar="N", help="flipped items to print (default: 10)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the comparison")
+    add_offline(parser)
     args = parser.parse_args(argv)
     outputs.check(args.out, spare=[args.first, args.second])
     found = compare(args.first, args.second)

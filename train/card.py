@@ -18,7 +18,7 @@ from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, read_config
 from vlm.data.readers import told_texts
 from vlm.errors import DataError
-from vlm.options import make_parser
+from vlm.options import add_offline, make_parser
 from vlm.train import wins
 from vlm.train.curve import draw_risk, smoothed
 from vlm.train.preflight import duration
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--failures", type=Path, metavar="FILE", help="Markdown: what it is known to get wrong"
     )
+    add_offline(parser)
     args = parser.parse_args(argv)
     try:
         failures = args.failures.read_text("utf-8") if args.failures else ""

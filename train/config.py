@@ -59,7 +59,7 @@ class OptimConfig:
     decay: float = 1.0
     """Share of the steps over which the rate falls along a half cosine (1: from the warm-up's end on)."""
     final: float = 0.02
-    """The last rate, as a share of the highest."""
+    """What the rate falls towards, as a share of the highest."""
     gate_lr: float = 1.0
     """Factor on the learning rate of the tanh gates."""
     weight_decay: float = 0.05

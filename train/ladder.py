@@ -43,11 +43,11 @@ def main(argv: list[str]) -> int:
     add_common(parser)
     args = parser.parse_intermixed_args(argv)
     config, ladder = read_settings(args.recipe, args.settings)
-    from vlm.train.main import apply
+    from vlm.train.main import applied
     from vlm.train.processes import TERMINATED
     from vlm.train.sweep import sweep
 
-    apply(args)
+    config = applied(args, config)
     how = {"offline": args.offline, "fresh": args.fresh, "device": args.device}
     found = sweep(config, ladder, **how) if args.sweep else climb(config, ladder, **how)
     return TERMINATED if found is None else 0

@@ -16,9 +16,14 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vlm.errors import ConfigError
 from vlm.options import add_common, apply_common, make_parser
+
+if TYPE_CHECKING:
+    from vlm.train.config import TrainConfig
 
 COMMANDS = {
     "selftest": "vlm.train.selftest",
@@ -42,7 +47,7 @@ def main(argv: list[str]) -> int:
     from vlm.train.recipe import read_recipe
 
     config = read_recipe(args.recipe, args.settings)
-    apply(args)
+    config = applied(args, config)
     from accelerate import PartialState
 
     from vlm.train.processes import TERMINATED, leaving
@@ -54,20 +59,21 @@ def main(argv: list[str]) -> int:
     return 0 if done else TERMINATED
 
 
-def apply(args: argparse.Namespace) -> None:
-    """Gives the common options effect.
+def applied(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:
+    """Gives the common options effect; --dtype bfloat16 is the recipe's `precision=bf16`.
 
     Raises:
-        ConfigError: --dtype, which recipes spell `precision`, or one GPU of several.
+        ConfigError: float16, in which nothing is trained, or one GPU of several.
     """
-    if args.dtype != "float32":
-        raise ConfigError("training has no --dtype: say precision=bf16")
+    if args.dtype == "float16":
+        raise ConfigError("nothing is trained in float16: say --dtype bfloat16")
     if args.device.startswith("cuda:"):
         number = args.device.partition(":")[2]
         raise ConfigError(
             f"training takes what GPUs it sees: set CUDA_VISIBLE_DEVICES={number} and say --device cuda"
         )
     apply_common(args)
+    return replace(config, precision="bf16") if args.dtype == "bfloat16" else config
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ STEPS = 300
 
 def main(argv: list[str]) -> int:
     """Entry of `vlm train selftest`; 0 when the goal is reached."""
-    from vlm.train.main import apply
+    from vlm.train.main import applied
     from vlm.train.recipe import read_recipe
 
     parser = make_parser(
@@ -37,8 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"give up after (default: {STEPS})")
     add_common(parser)
     args = parser.parse_args(argv)
-    config = read_recipe(args.recipe, args.settings)
-    apply(args)
+    config = applied(args, read_recipe(args.recipe, args.settings))
     loss, steps = selftest(config, offline=args.offline, steps=args.steps, device=args.device)
     print(f"loss {loss:.4f} after {steps} steps on {PICTURES} pictures")
     if loss >= GOAL:

@@ -174,7 +174,7 @@ def save_adapter(
         tensors: instead of the adapter's own tensors (an average of them, say).
 
     Raises:
-        WeightsError: the disk is full or the folder cannot be written; what was there stays.
+        WeightsError: the disk is full or the folder cannot be written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in (tensors or model.adapter.state_dict()).items()}
     config = {
@@ -188,10 +188,10 @@ def save_adapter(
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: str) -> None:
-    """Writes the three files of an adapter at once.
+    """Writes the three files of an adapter; none takes its place before all are on the disk.
 
     Raises:
-        WeightsError: the disk is full or the folder cannot be written; what was there stays.
+        WeightsError: the disk is full (what was there stays) or the folder cannot be written.
     """
     files = {
         "adapter.safetensors": file_content(tensors, {}),

@@ -102,7 +102,7 @@ class VLM(nn.Module):
         """Loads an adapter (a shipped id, a folder or a hub id) and the frozen parts it was trained with.
 
         Args:
-            dtype: of the frozen parts; the adapter always computes in float32 on the CPU.
+            dtype: of the language model; encoder and adapter compute in float32.
             allow_different_frozen: go on, with a warning, when the frozen weights' hashes differ.
             feature_cache: folder of a feature cache to read and fill; None keeps no features on disk.
             memory: folder of remembered pictures (`vlm data remember`), whose captions are told.

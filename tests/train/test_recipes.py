@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +196,13 @@ def test_one_gpu_of_several_is_chosen_by_the_environment(capsys: pytest.CaptureF
     assert "CUDA_VISIBLE_DEVICES=1" in capsys.readouterr().err
 
 
-def test_dtype_is_spelled_precision(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "smoke", "--dtype", "bfloat16"]) == 1
-    assert "precision=bf16" in capsys.readouterr().err
+def test_dtype_is_the_recipes_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    from vlm.train.main import applied
+
+    config = read_recipe("smoke")
+    args = Namespace(dtype="bfloat16", device="cpu", offline=True, threads=None)
+    assert applied(args, config) == replace(config, precision="bf16")
+    args.dtype = "float32"
+    assert applied(args, config) == config
+    assert main(["train", "smoke", "--dtype", "float16"]) == 1
+    assert "--dtype bfloat16" in capsys.readouterr().err

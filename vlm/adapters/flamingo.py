@@ -1,7 +1,8 @@
 """Flamingo (Alayrac et al. 2022): gated cross-attention in front of chosen frozen layers.
 
-Each text token sees the latents of the latest group of adjacent images before it; tokens before any
-image pass the cross-attention untouched but not the gated feed-forward (as in Idefics).
+Each text token sees the latents of the latest group of adjacent images before it, and a hint, which stands
+behind its own image, those of the whole group; tokens before any image pass the cross-attention untouched
+but not the gated feed-forward (as in Idefics).
 """
 
 from __future__ import annotations

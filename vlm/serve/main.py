@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm.errors import ConfigError
-from vlm.options import add_common, apply_common, make_parser
+from vlm.options import add_common, add_offline, apply_common, make_parser
 
 if TYPE_CHECKING:
     from vlm.features import FeatureCache
@@ -206,6 +206,7 @@ def _keys_main(argv: list[str]) -> int:
     add = jobs.add_parser("add", help="make a key, show it once, keep its hash", allow_abbrev=False)
     add.add_argument("--file", type=Path, required=True, help="key file; made if missing")
     add.add_argument("--name", required=True, help="whose key it is")
+    add_offline(add)
     args = parser.parse_args(argv)
     from vlm.serve.keys import add_key
 
@@ -221,6 +222,7 @@ def _feedback_main(argv: list[str]) -> int:
     )
     export.add_argument("--db", type=Path, required=True, help="the file given to `vlm serve --feedback`")
     export.add_argument("--out", type=Path, required=True, help="folder for pairs.jsonl and its pictures")
+    add_offline(export)
     args = parser.parse_args(argv)
     from vlm.serve.feedback import FeedbackStore
 
