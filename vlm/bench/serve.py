@@ -273,6 +273,7 @@ def speedup(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     from vlm.serve.settings import Settings
 
     model = VLM.from_pretrained(args.adapter, device=args.device, dtype=args.dtype, offline=args.offline)
+    model.pack()  # as everything that answers more than one question does
     # The end of the answer is never chosen, so that both ways write 64 tokens.
     model.language.added_ids = (*model.language.added_ids, model.language.frame.end)
     pictures = [sample_picture(number) for number in range(16)]
