@@ -261,6 +261,14 @@ def _from_talk(
     return examples
 
 
+def _require_whole(text: str) -> None:
+    """Raises:
+    RowError: half a character stands in it (a lone surrogate), which no file and no tokenizer takes.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RowError("half a character", text.encode("utf-8", "backslashreplace").decode()[:60])
+
+
 def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
     """The examples of one row: one, one per assistant turn of a conversation, or a question and a caption.
 
@@ -275,7 +283,14 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     Raises:
         RowError: the row cannot be used.
     """
-    row = _by_known_names(row)
+    found = _examples(_by_known_names(row), where, find)
+    for example in found:
+        for text in (*(turn.text for turn in example.turns), *example.answers):
+            _require_whole(text)
+    return found
+
+
+def _examples(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
     images = _images(row, find)
     id = as_text(_first(row, ID_COLUMNS)) or where
     meta = _meta(row)

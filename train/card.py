@@ -18,6 +18,7 @@ from vlm.card import card_head, table
 from vlm.checkpoint import adapter_folder, read_config
 from vlm.data.readers import told_texts
 from vlm.errors import DataError
+from vlm.eval.abstain import require_same_adapter
 from vlm.options import add_offline, make_parser
 from vlm.train import wins
 from vlm.train.curve import draw_risk, smoothed
@@ -52,7 +53,10 @@ def main(argv: list[str]) -> int:
         failures = args.failures.read_text("utf-8") if args.failures else ""
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{args.failures} cannot be read: {problem}") from problem
-    write_card(adapter_folder(args.out, offline=True), args.reports, failures)
+    folder = adapter_folder(args.out, offline=True)
+    for path in args.reports:
+        require_same_adapter(_read(path), folder)
+    write_card(folder, args.reports, failures)
     print(args.out / "README.md")
     return 0
 

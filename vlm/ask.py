@@ -6,9 +6,9 @@ import argparse
 import atexit
 import csv
 import gc
-import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -59,9 +59,6 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 def _load(args: argparse.Namespace) -> tuple[VLM, float]:
     """The model, and the seconds it took to import and load."""
     began = time.perf_counter()
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # a strange file name must not end in a traceback
-            stream.reconfigure(errors="backslashreplace")
     # What the imports make stays to the end: to look through it for garbage again and again, while it
     # grows, takes two of eight seconds.
     gc.disable()
@@ -120,6 +117,7 @@ def ask_main(argv: Sequence[str]) -> int:
     args = _parse(parser, argv)
     if not args.question.strip():
         parser.error("the question is empty")
+    _one_form(parser, args)
     folders = [image for image in args.images if os.path.isdir(image)]
     if folders and (len(args.images) > 1 or args.out is None):
         parser.error("a folder goes alone, with --out FILE.csv for the answers")
@@ -141,19 +139,22 @@ def caption_main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=None, metavar="FILE.csv", help="write image,caption rows")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = _parse(parser, argv)
+    _one_form(parser, args)
     pictures = pictures_in(args.images)
     if args.out is not None:
         return _ask_each(args, pictures, CAPTION_PROMPT, ("image", "caption"))
-    check_pictures(pictures)
+    good = _readable(pictures)
+    if not good:
+        return 1
     model, loaded = _load(args)
-    for begin in range(0, len(pictures), FOLDER_BATCH):
-        part = pictures[begin : begin + FOLDER_BATCH]
+    for begin in range(0, len(good), FOLDER_BATCH):
+        part = good[begin : begin + FOLDER_BATCH]
         for picture, answer in zip(part, model.caption(part, **_generation(args)), strict=True):
             if args.json:
                 print(json.dumps({"image": str(picture), **answer_json(answer, loaded)}), flush=True)
             else:
                 print(f"{picture}\t{answer.text}" if len(pictures) > 1 else answer.text, flush=True)
-    return 0
+    return 0 if len(good) == len(pictures) else 1
 
 
 def chat_main(argv: Sequence[str]) -> int:
@@ -167,6 +168,8 @@ def chat_main(argv: Sequence[str]) -> int:
     model, _ = _load(args)
     chat = model.chat(args.images)
     terminal = sys.stdin.isatty()
+    if terminal and not args.images:
+        print("no picture is shown yet: /show FILE", file=sys.stderr)
     while True:
         try:
             line = input("you: " if terminal else "").strip()
@@ -175,10 +178,8 @@ def chat_main(argv: Sequence[str]) -> int:
         if not line:
             return 0
         try:
-            if line.startswith("/show "):
-                picture = line.removeprefix("/show ").strip()
-                check_pictures([picture])
-                chat.show(picture)
+            if line.startswith("/"):
+                chat.show(_shown(line))
                 continue
             for piece in chat.stream(line, **_generation(args)):
                 print(piece, end="", flush=True)
@@ -186,6 +187,26 @@ def chat_main(argv: Sequence[str]) -> int:
         except VLMError as problem:
             # A mistyped file name must not end the conversation.
             print(f"error: {problem}", file=sys.stderr)
+
+
+def _shown(line: str) -> str:
+    """The picture that a line of a chat shows; in quotes or with backslashes, as terminals drop it there.
+
+    Raises:
+        VLMError: it is another command.
+    """
+    command, _, name = line.partition(" ")
+    name = name.strip()
+    if command != "/show" or not name:
+        raise VLMError(f"{line[:40]} is none of: /show FILE (an empty line or Ctrl-D ends)")
+    if not os.path.exists(os.path.expanduser(name)):
+        try:
+            words = shlex.split(name)
+        except ValueError:  # an apostrophe
+            words = []
+        if len(words) == 1:
+            return words[0]
+    return name
 
 
 def answer_json(answer: Answer, loaded: float) -> dict[str, Any]:
@@ -207,22 +228,31 @@ def answer_json(answer: Answer, loaded: float) -> dict[str, Any]:
     }
 
 
+def _one_form(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.out is not None and args.json:
+        parser.error("--out writes CSV and --json prints: say one of them")
+
+
 def pictures_in(arguments: Sequence[str]) -> list[Path]:
     """The pictures named and those in the folders named.
 
     Raises:
         VLMError: a folder without pictures.
     """
-    from vlm.images import list_pictures
+    from vlm.folders import list_pictures
 
     found: list[Path] = []
     for argument in arguments:
         if not os.path.isdir(argument):
             found.append(Path(argument))
             continue
-        inside = list_pictures(argument)
+        inside, others = list_pictures(argument)
         if not inside:
             raise VLMError(f"{argument} holds no JPEG, PNG, WebP or GIF files")
+        if others:
+            names = ", ".join(path.name for path in others[:3])
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            print(f"not read in {argument}, being no JPEG, PNG, WebP or GIF: {names}{more}", file=sys.stderr)
         found += inside
     return found
 
@@ -237,8 +267,7 @@ def check_pictures(pictures: Sequence[str | Path]) -> None:
 
 def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, columns: tuple[str, ...]) -> int:
     """One row a picture; a picture that cannot be read is named, counted and left out of the file."""
-    if not args.out.parent.is_dir():
-        raise VLMError(f"{args.out.parent} is no folder: make it first")
+    _require_table(args.out, columns)
     model, _ = _load(args)
     if len(pictures) > FOLDER_BATCH:  # packing takes a second, which a few pictures do not earn back
         model.pack()
@@ -267,6 +296,8 @@ def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, col
                 rows.writerow([values[column] for column in columns])
             file.flush()
             print(f"{done} of {len(pictures)} pictures", file=sys.stderr)
+        if bad == len(pictures):
+            raise VLMError(f"no picture could be read: {args.out} is not written")
     if bad:
         print(
             f"{bad} of {len(pictures)} pictures could not be read and are not in {args.out}", file=sys.stderr
@@ -274,12 +305,36 @@ def _ask_each(args: argparse.Namespace, pictures: list[Path], question: str, col
     return 1 if bad else 0
 
 
+def _require_table(path: Path, columns: Sequence[str]) -> None:
+    """Raises:
+    VLMError: there is no such folder, or something there that was not written by the same command.
+    """
+    if not path.parent.is_dir():
+        raise VLMError(f"{path.parent} is no folder: make it first")
+    head = ",".join(columns).encode()
+    try:
+        if path.exists():
+            with open(path, "rb") as file:
+                if file.read(len(head)) not in (head, b""):
+                    raise VLMError(f"{path} is there already and holds something else: name another --out")
+    except OSError as problem:
+        raise VLMError(f"{path} cannot be written: {problem.strerror or problem}") from problem
+
+
 @contextmanager
 def _table(path: Path) -> Iterator[TextIO]:
-    """A CSV file to write; names of pictures that are not UTF-8 go in as the bytes that they are."""
+    """A CSV file to write, which takes its place when it is whole; what was broken off lies beside.
+
+    Names of pictures that are not UTF-8 go in as the bytes that they are.
+    """
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             yield file
+        os.replace(partial, path)
+    except VLMError:
+        partial.unlink()
+        raise
     except OSError as problem:
         raise VLMError(f"{path} cannot be written: {problem.strerror or problem}") from problem
 

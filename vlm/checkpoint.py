@@ -50,7 +50,10 @@ def adapter_folder(adapter: str | Path, *, offline: bool = False) -> Path:
     if str(adapter).partition("@")[0].count("/") == 1 and not os.path.exists(adapter):
         from vlm.weights_hub import fetch_adapter
 
-        return fetch_adapter(str(adapter), offline=offline)
+        try:
+            return fetch_adapter(str(adapter), offline=offline)
+        except WeightsError as problem:
+            raise WeightsError(f"there is no folder {adapter}; as a name on the hub: {problem}") from problem
     raise WeightsError(
         f"{adapter} is no adapter: give a folder with adapter.safetensors and config.json, "
         f"or one that ships ({', '.join(known) or 'none yet'})"

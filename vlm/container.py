@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -63,6 +63,17 @@ class Facts:
     """Bytes that a JPEG of several scans takes until its last scan has been read."""
 
 
+def kind_of(content: bytes) -> Kind | None:
+    """What a file is by its first bytes; None for another kind than the four."""
+    if content.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if content.startswith(_PNG):
+        return "PNG"
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    return "WEBP" if content.startswith(b"RIFF") and content[8:12] == b"WEBP" else None
+
+
 def parts_of(content: bytes) -> tuple[bytes, Facts] | None:
     """Of a JPEG, PNG, GIF or WebP file what a decoder needs for the first picture, and what is known of it.
 
@@ -73,15 +84,8 @@ def parts_of(content: bytes) -> tuple[bytes, Facts] | None:
         EOFError: the file is cut off before its end.
         ValueError: it is damaged.
     """
-    if content.startswith(b"\xff\xd8\xff"):
-        return _jpeg(content)
-    if content.startswith(_PNG):
-        return _png(content)
-    if content.startswith((b"GIF87a", b"GIF89a")):
-        return _gif(content)
-    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        return _webp(content)
-    return None
+    kind = kind_of(content)
+    return _PARTS[kind](content) if kind else None
 
 
 def _too_many() -> Refused:
@@ -336,3 +340,11 @@ def guess(content: bytes) -> str:
     if all(byte >= 32 or byte in b"\t\r\n\f" for byte in content[:512]):
         return "a text file"
     return "no picture of a kind that is known"
+
+
+_PARTS: Final[dict[Kind, Callable[[bytes], tuple[bytes, Facts]]]] = {
+    "JPEG": _jpeg,
+    "PNG": _png,
+    "GIF": _gif,
+    "WEBP": _webp,
+}

@@ -65,7 +65,8 @@ class FeatureCache:
             self._used = self._lmdb.open_db(b"used")
         except (OSError, lmdb.Error) as problem:
             raise DataError(
-                f"the feature cache {folder} cannot be opened: {problem}; a damaged one may be deleted"
+                f"the feature cache {folder} cannot be opened: {problem}; a damaged one may be deleted, "
+                "another place chosen (--feature-cache DIR, feature_cache=DIR in a recipe, or VLM_CACHE=DIR)"
             ) from problem
 
     def get(self, key: str) -> np.ndarray | None:

@@ -32,7 +32,6 @@ from vlm.errors import VLMError
 Code = Literal["missing", "empty", "format", "truncated", "too_large", "damaged"]
 Source = str | Path | bytes | Image.Image
 
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
 ORIENTATION: Final = 0x0112
 UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -156,15 +155,6 @@ def open_picture(
         raise ImageError("damaged", f"{label} {refusal}") from None
     except DECODER_ERRORS as problem:
         raise _damaged(label, problem, cut_off) from problem
-
-
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The pictures of a folder (not of its subfolders), by name; told by their suffix alone."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImageError("missing", f"there is no folder {folder}")
-    found = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    return sorted(path for path in found if path.is_file())
 
 
 def _read(source: str | Path, label: str, limits: Limits) -> bytes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vlm.adapter_file import read_adapter
 from vlm.checkpoint import save_adapter
 from vlm.errors import DataError
 from vlm.train.card import main, write_card
@@ -43,7 +44,11 @@ def folder(make_tiny: Callable[..., VLM], tmp_path: Path) -> Path:
 
 
 def test_scores_stand_beside_their_controls(folder: Path, tmp_path: Path) -> None:
-    answers = report(tmp_path / "a.json", "flickr8k-yesno", "exact_match")
+    of_another = report(tmp_path / "b.json", "flickr8k-yesno", "exact_match")
+    with pytest.raises(DataError, match="of another adapter"):
+        main([str(folder), "--reports", str(of_another)])
+    hashes = {"adapter": read_adapter(folder).sha256}
+    answers = report(tmp_path / "a.json", "flickr8k-yesno", "exact_match", hashes=hashes)
     assert main([str(folder), "--reports", str(answers)]) == 0
     text = (folder / "README.md").read_text("utf-8")
     for part in ("### flickr8k-yesno, dev (1,000 examples; limited", "| exact_match | 61.2 | 58.0 to 64.5 |",

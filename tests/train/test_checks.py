@@ -331,3 +331,22 @@ def test_a_pair_that_is_too_long_is_left_out_whole(
     assert "1 x too much for the model" in capsys.readouterr().err
     facts = json.loads((Path(config.out) / "run.json").read_text())
     assert [name.split(":")[0] for name in facts["left_out"]] == [rows[3]["id"]]
+
+
+def test_half_a_character_is_a_bad_row(
+    own: Callable[..., Path], recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.cli import main
+    from vlm.train.run import train
+
+    folder = own(0)
+    (folder / "metadata.csv").unlink()
+    rows = [
+        {"file_name": f"{n % PICTURES}.png", "question": f"What is {n}?", "answer": "dog"} for n in range(150)
+    ]
+    rows[3]["question"] = "What is \ud83d?"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "check", str(folder)]) == 0
+    assert "half a character" in capsys.readouterr().out
+    assert train(of(recipe, folder, steps=1), offline=True)
+    assert "1 of 150 rows are left out: 1 x half a character" in capsys.readouterr().err

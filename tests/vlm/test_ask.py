@@ -195,6 +195,49 @@ def test_bad_pictures_of_a_folder_are_named_and_left_out(run: Run, pictures: Pat
     assert lines[-1] == f"2 of 4 pictures could not be read and are not in {out}"
 
 
+def test_captions_go_on_past_a_bad_picture(run: Run, pictures: Path) -> None:
+    (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:60])
+    code, out, err = run("caption", pictures, "--json")
+    assert code == 1
+    assert [Path(json.loads(line)["image"]).name for line in out.splitlines()] == ["0.png", "2.png"]
+    assert err.count("error:") == 1 and "1.png" in err
+
+
+def test_what_is_passed_by_in_a_folder_is_said(run: Run, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "phone.HEIC").write_bytes(b"x")
+    (pictures / "more").mkdir()
+    code, _, err = run("caption", pictures, "--out", tmp_path / "x.csv")
+    assert code == 0
+    assert "not read" in err.splitlines()[0] and "more, phone.HEIC" in err.splitlines()[0]
+
+
+def test_a_table_is_written_whole_and_over_its_like_alone(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "captions.csv"
+    assert run("caption", pictures, "--out", out)[0] == 0
+    whole = out.read_bytes()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "1.png").write_bytes(b"no picture")
+    assert run("caption", bad, "--out", out)[0] == 1
+    assert out.read_bytes() == whole
+    assert run("caption", pictures, "--out", out)[0] == 0  # its like
+    for name, content in (("photo.jpg", b"\xff\xd8\xff"), ("metadata.csv", b"file_name,caption\n")):
+        (tmp_path / name).write_bytes(content)
+        code, _, err = run("caption", pictures, "--out", tmp_path / name)
+        assert (code, (tmp_path / name).read_bytes()) == (1, content)
+        assert "holds something else" in err
+    assert not list(tmp_path.glob("*.partial"))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm.model.VLM.caption", interrupted)
+    assert run("caption", pictures, "--out", out)[0] == 130
+    assert out.read_bytes() == whole
+
+
 def test_names_that_are_not_utf8(run: Run, pictures: Path, tmp_path: Path) -> None:
     odd = os.fsencode(pictures) + b"/caf\xe9.png"
     os.rename(pictures / "1.png", odd)
@@ -227,6 +270,7 @@ def test_names_that_are_not_utf8(run: Run, pictures: Path, tmp_path: Path) -> No
         ("cat.jpg", "What?", "--no-such-option"),
         ("cat.jpg", "What?", "--js"),
         (".", "What?"),
+        (".", "What?", "--out", "x.csv", "--json"),
         (".", "cat.jpg", "What?", "--out", "x.csv"),
     ],
 )
@@ -292,6 +336,8 @@ def test_too_many_pictures_and_too_long_questions(run: Run, pictures: Path) -> N
 def test_a_missing_adapter(capsys: pytest.CaptureFixture[str], pictures: Path) -> None:
     assert main(["ask", str(pictures / "0.png"), "What?", "--adapter", "no-such"]) == 1
     assert capsys.readouterr().err.startswith("error: no-such is no adapter")
+    assert main(["ask", str(pictures / "0.png"), "What?", "--adapter", "runs/mien", "--offline"]) == 1
+    assert capsys.readouterr().err.startswith("error: there is no folder runs/mien; as a name on the hub")
 
 
 def test_other_frozen_weights_go_on_only_when_told(

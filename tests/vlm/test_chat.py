@@ -153,6 +153,18 @@ def test_a_mistyped_name_does_not_end_the_talk(
     assert out.count("\n") >= 2
 
 
+def test_commands_are_no_questions_and_pictures_may_stand_in_quotes(
+    talk: Callable[..., tuple[int, str, str]], draw: Draw, tmp_path: Path
+) -> None:
+    draw(1).save(tmp_path / "my one.png")
+    escaped = str(tmp_path / "my one.png").replace(" ", "\\ ")
+    lines = ["/quit", "/show", "/shwo x.png", f"/show '{tmp_path}/my one.png'", f"/show {escaped}", "what?"]
+    code, out, err = talk("\n".join(lines) + "\n")
+    assert code == 0
+    assert err.count("is none of: /show FILE") == err.count("error: ") == 3
+    assert out.count("\n") >= 1
+
+
 def test_five_pictures_one_too_many(
     talk: Callable[..., tuple[int, str, str]], draw: Draw, tmp_path: Path
 ) -> None:

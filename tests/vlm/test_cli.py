@@ -160,6 +160,17 @@ def test_a_closed_pipe_is_no_traceback(unbuffered: str) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("argv", [["--help"], ["weights", "list"], ["train", "--keys"]], ids=" ".join)
+def test_a_full_disk_is_one_line(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlm", *argv], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: the disk is full\n")
+
+
 def test_python_m_vlm() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vlm", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60

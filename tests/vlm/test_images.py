@@ -14,7 +14,8 @@ from fuzz_images import encoded
 from helpers import BLUE, GREEN, RED, WHITE, png, png_chunk, quadrants
 from PIL import Image
 
-from vlm.images import ImageError, Limits, list_pictures, open_picture
+from vlm.folders import list_pictures
+from vlm.images import ImageError, Limits, open_picture
 
 
 def corners(image: Image.Image) -> list[tuple[int, ...]]:
@@ -352,7 +353,11 @@ def test_list_pictures(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.png", "c.webp", "notes.txt", ".hidden.png", "d.gif"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_pictures(tmp_path)] == ["a.png", "b.JPG", "c.webp", "d.gif"]
+    (tmp_path / "phone.HEIC").write_bytes(b"x")
+    Image.new("RGB", (4, 2)).save(tmp_path / "e.jfif", "JPEG")
+    found, others = list_pictures(tmp_path)
+    assert [path.name for path in found] == ["a.png", "b.JPG", "c.webp", "d.gif", "e.jfif"]
+    assert [path.name for path in others] == ["folder.png", "phone.HEIC"]
     assert list_pictures(str(tmp_path)) == list_pictures(tmp_path)
     with pytest.raises(ImageError, match="no folder"):
         list_pictures(tmp_path / "none")
