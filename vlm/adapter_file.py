@@ -88,7 +88,9 @@ def read_adapter(folder: Path) -> AdapterFile:
     try:
         content = path.read_bytes()
         stored, digest, size = load(content), hashlib.sha256(content).hexdigest(), len(content)
-    except (OSError, SafetensorError) as problem:
+    except OSError as problem:
+        raise WeightsError(f"{path} cannot be read: {problem.strerror}") from problem
+    except SafetensorError as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
     except KeyError as problem:  # a type of numbers that this library does not know
         raise WeightsError(f"{path} holds numbers of an unknown type: {problem}") from problem
