@@ -42,6 +42,8 @@ def _progress() -> Progress | None:
 
 
 def _part_lines(part: PartReport) -> list[str]:
+    if part.problem is not None:
+        return [f"{part.name}: cannot be read: {part.problem}"]
     lines = [
         f"{part.name}: {part.examples} examples, {part.pictures} pictures, {len(part.bad)} unusable rows"
     ]

@@ -26,7 +26,7 @@ from vlm.data.shards import Shard
 from vlm.data.splits import canonical_split, split_by_image
 from vlm.data.streams import SPLIT_NAMES, hub_name, no_part, read_hub, read_parquet, read_webdataset
 from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _no_table(folder: Path, tables: list[Path]) -> str:
 def _whole_part(reading: Reading, split: str) -> Reading:
     """A source with one part only: `train` is all of it, `train-rest` and `dev` its two parts by image."""
     if split == "test":
-        raise DataError(f"{reading.source} has one part only; it cannot be asked for its test part")
+        raise NoPartError(f"{reading.source} has one part only; it cannot be asked for its test part")
     if split != "train":
         rest, held = split_by_image(reading.examples)
         reading.examples = held if split == "dev" else rest
@@ -278,7 +278,8 @@ def read_source(
     parts of Parquet, tar and hub sources. `pictures=False`: image folders and public sets may lack them.
 
     Raises:
-        DataError: there is no such source or part, or its table cannot be read at all.
+        NoPartError: the source has no such part.
+        DataError: there is no such source, or its table cannot be read at all.
     """
     split = canonical_split(split)
     try:
@@ -289,7 +290,7 @@ def read_source(
     if reading.has_part or (not divide and split == "train"):
         return reading
     if not divide:
-        raise DataError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
+        raise NoPartError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
     return _whole_part(reading, split)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from vlm.data.convert.common import first_existing, make_example, picture_files, read_text
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, is_held_out
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 DEV_FRACTION = 0.1
 QA_FILES = ("qa.894.raw.{part}.txt", "qa.37.raw.{part}.txt")
@@ -122,11 +122,12 @@ def read(root: Path, split: str, pictures: bool = True) -> list[Example]:
     is looked for, and a picture's name stands for it.
 
     Raises:
-        DataError: a file or picture is missing, or the question file is malformed.
+        NoPartError: the question file is missing.
+        DataError: a picture is missing, or the question file is malformed.
     """
     split = canonical_split(split)
     part = "test" if split == "test" else "train"
-    pairs = read_pairs(first_existing(root, question_files(part), f"{part} questions"))
+    pairs = read_pairs(first_existing(root, question_files(part), f"{part} questions", NoPartError))
     keep = {name for name, _, _ in pairs}
     if split in ("dev", "train-rest"):
         held = held_out_images(keep)
