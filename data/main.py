@@ -21,7 +21,7 @@ from vlm.data.convert.write import ABOUT, write_dataset
 from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
-from vlm.errors import DataError, VLMError
+from vlm.errors import DataError, NoPartError
 from vlm.options import add_common, apply_common, keep_memory, make_parser, offline_from_environment
 
 SHOWN = 10
@@ -96,17 +96,24 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _parts(read: Callable[[str], list[Example]], splits: tuple[str, ...]) -> dict[str, list[Example]]:
-    """The parts that are there; `train-rest` is called train in what is written."""
+    """The parts that are there; `train-rest` is called train in what is written.
+
+    Raises:
+        DataError: a part is there and cannot be read, or there is none.
+    """
     found: dict[str, list[Example]] = {}
-    problem: VLMError | None = None
+    absent: DataError | None = None
     for split in splits:
+        name = split.removesuffix("-rest")
         try:
-            found[split.removesuffix("-rest")] = read(split)
+            found[name] = read(split)
+        except NoPartError as error:
+            absent = absent or error
+            print(f"skipped {name}: {error}", file=sys.stderr)
         except DataError as error:
-            problem = problem or error
-            print(f"skipped {split}: {error}", file=sys.stderr)
+            raise DataError(f"the {name} part cannot be read, so nothing is written: {error}") from error
     if not found:
-        raise problem or DataError("nothing to convert")
+        raise absent or DataError("nothing to convert")
     return found
 
 

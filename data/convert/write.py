@@ -133,20 +133,37 @@ def _readme(about: Mapping[str, str], parts: Mapping[str, Mapping[str, int]]) ->
     )
 
 
+def _require_own(folder: Path, parts: Sequence[str]) -> None:
+    """Raises:
+    DataError: what a folder holds would not be what is written there, or would be read along with it.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "dataset.json").is_file():
+        raise DataError(f"{folder} is not empty and holds no converted data set; name a new folder")
+    left = [name for name in FOLDERS.values() if name not in parts and (folder / name).exists()]
+    if left:
+        raise DataError(
+            f"{folder} holds {', '.join(left)} of an earlier conversion, but now there is no such part; "
+            "remove that, or name a new folder"
+        )
+
+
 def write_dataset(
     parts: Iterable[tuple[str, Sequence[Example]]], folder: Path, about: Mapping[str, str], *, note: str = ""
 ) -> dict[str, dict[str, int]]:
     """Write all parts (`train`, `dev`, `test`) of a set; returns part -> pictures and examples.
 
     Raises:
-        DataError: the folder holds something else, or a part cannot be written.
+        DataError: the folder holds something else or a part that is not among these, or a part cannot be
+            written.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "dataset.json").is_file():
-        raise DataError(f"{folder} is not empty and holds no converted data set; name a new folder")
+    parts = dict(parts)
+    _require_own(folder, [FOLDERS[name] for name in parts])
     sizes: dict[str, dict[str, int]] = {}
     folder.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, **about, **({"note": note} if note else {})}
-    for name, examples in parts:
+    for name, examples in parts.items():
         pictures = write_part(examples, folder / FOLDERS[name])
         sizes[name] = {"pictures": pictures, "examples": len(examples)}
         # Written after every part, so that a run that is broken off can be repeated over what it left.

@@ -153,6 +153,38 @@ def test_convert_and_questions_from_the_command_line(
     assert vlm(["data", "check", str(tmp_path / "absent")]) == 1
 
 
+@pytest.mark.parametrize("damaged", ["train", "dev"])
+def test_a_part_that_cannot_be_read_is_not_left_out_of_what_is_written(
+    damaged: str, flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out, asked = tmp_path / "whole", tmp_path / "out", tmp_path / "asked"
+    assert vlm(["data", "convert", "flickr8k", str(flickr), str(whole)]) == 0
+    (flickr / "Images" / ("a.jpg" if damaged == "train" else "c.jpg")).unlink()
+    assert vlm(["data", "convert", "flickr8k", str(flickr), str(out)]) == 1
+    assert f"error: the {damaged} part cannot be read, so nothing is written" in capsys.readouterr().err
+    part = whole / ("train" if damaged == "train" else "validation") / "metadata.jsonl"
+    part.write_bytes(part.read_bytes() + b"\xff\n")
+    assert vlm(["data", "questions", str(whole), str(asked)]) == 1
+    assert "is not UTF-8 text" in capsys.readouterr().err
+    assert not out.exists() and not asked.exists()
+
+
+def test_a_part_of_an_earlier_conversion_is_not_left_beside_the_new_ones(
+    flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "convert", "flickr8k", str(flickr), str(tmp_path / "out")]
+    assert vlm(words) == 0 and vlm(words) == 0
+    described = (tmp_path / "out" / "dataset.json").read_bytes()
+    (flickr / "Flickr_8k.devImages.txt").unlink()
+    assert vlm(words) == 1
+    assert "out holds validation of an earlier conversion" in capsys.readouterr().err
+    assert (tmp_path / "out" / "dataset.json").read_bytes() == described
+    assert [e.id for e in read_dataset(tmp_path / "out", split="dev")] == ["flickr8k/c.jpg"]
+    shutil.rmtree(tmp_path / "out" / "validation")
+    assert vlm(words) == 0
+    assert "validation" not in (tmp_path / "out" / "dataset.json").read_text()
+
+
 def test_a_converted_set_without_a_dev_part_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("easy_vqa")
     from vlm.data.sources import find_root
