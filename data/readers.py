@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from vlm.data import coco
 from vlm.data.convert import daquar, easy_vqa, flickr8k
@@ -114,9 +115,15 @@ def dev_is_from_train(source: str | Path) -> bool:
     """Whether a folder's dev part is set aside from its official training part."""
     folder = Path(source).expanduser()
     if (folder / "dataset.json").is_file():
-        table = coco.read_json(folder / "dataset.json")
-        return isinstance(table, dict) and table.get("dev_from") == "train"
+        return _described(folder).get("dev_from") == "train"
     return folder.is_dir() and public_set(folder) in ("daquar", "easy-vqa")
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What the dataset.json of a folder that `vlm data` wrote says; nothing where there is none."""
+    path = folder / "dataset.json"
+    table = coco.read_json(path) if path.is_file() else {}
+    return table if isinstance(table, dict) else {}
 
 
 def _collect(source: str, items: Iterator[Item]) -> Reading:
@@ -215,6 +222,8 @@ def _folder(folder: Path, split: str, shard: Shard, pictures: bool) -> tuple[Ite
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
         return read_image_folder(folder, pictures), False
+    if _described(folder).get("unfinished"):
+        raise DataError(f"{folder} was not written to its end: run the command that made it again")
     parts = part_folders(folder)
     if parts:
         if split == "train-rest" and "dev" not in parts and "train" in parts:

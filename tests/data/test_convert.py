@@ -12,6 +12,7 @@ import pytest
 
 from vlm.config import CAPTION_PROMPT
 from vlm.data.convert import daquar, flickr8k
+from vlm.data.convert.common import make_example
 from vlm.data.convert.write import write_dataset
 from vlm.data.sources import read_dataset
 from vlm.data.text import normalise_caption
@@ -199,6 +200,47 @@ def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> 
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(DataError, match="not empty"):
         write_dataset(parts.items(), tmp_path / "other", about)
+
+
+def test_a_conversion_that_was_broken_off_is_not_read_and_can_be_repeated(
+    flickr: Path, tmp_path: Path, save: Callable[..., Path]
+) -> None:
+    parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
+    about = {"name": "flickr8k", "title": "Flickr8k", "source": "somewhere", "terms": "some"}
+    out, original = tmp_path / "out", flickr / "Images" / "c.jpg"
+    hidden = original.rename(tmp_path / "hidden.jpg")
+    with pytest.raises(DataError, match=r"c\.jpg cannot be written"):
+        write_dataset(parts.items(), out, about)
+    for split in ("train", "dev"):
+        with pytest.raises(DataError, match="was not written to its end"):
+            read_dataset(out, split=split)
+    hidden.rename(original)
+    whole = {path.name: path.read_bytes() for path in (flickr / "Images").iterdir()}
+    for path in (out / "train" / "a.jpg", out / "validation" / "c.jpg"):  # as a kill leaves them
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole[path.name][:100])
+    os.link(flickr / "Images" / "b.jpg", out / "validation" / ".c.jpg.part")
+    (out / "train" / "b.jpg").unlink()
+    os.link(save(tmp_path / "other.png", 9), out / "train" / "b.jpg")  # another set's picture of that name
+    write_dataset(parts.items(), out, about)
+    for split in ("train", "dev"):
+        for example in read_dataset(out, split=split):
+            path = Path(str(example.images[0]))
+            assert path.read_bytes() == whole[path.name]
+    assert {path.name: path.read_bytes() for path in (flickr / "Images").iterdir()} == whole
+    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+    assert "unfinished" not in json.loads((out / "dataset.json").read_text())
+
+
+def test_pictures_that_are_bytes_replace_what_is_half_there(tmp_path: Path, flickr: Path) -> None:
+    content = (flickr / "Images" / "a.jpg").read_bytes()
+    examples = [make_example(content, "what?", ["a dog"], "1")]
+    about = {"name": "x", "title": "x", "source": "x", "terms": "x"}
+    write_dataset([("train", examples)], tmp_path / "out", about)
+    (path,) = (tmp_path / "out" / "train").glob("*.jpg")
+    path.write_bytes(content[:50])
+    write_dataset([("train", examples)], tmp_path / "out", about)
+    assert path.read_bytes() == content
 
 
 def test_converted_folders_load_with_datasets(flickr: Path, tmp_path: Path) -> None:
