@@ -15,7 +15,7 @@ from vlm.eval import stats
 from vlm.eval.metrics import answers as short
 from vlm.eval.metrics.captions import bleu, score_captions
 from vlm.eval.metrics.chair import chair, chair_counts
-from vlm.eval.metrics.vqa import vqa_accuracy
+from vlm.eval.metrics.vqa import official, vqa_accuracy
 from vlm.eval.metrics.wordnet import find_wordnet
 from vlm.eval.metrics.wups import wups
 from vlm.eval.task import Scorer, Scores
@@ -109,14 +109,22 @@ def exact(answer: str, example: Example) -> float:
     return short.exact_match(answer, example.answers)
 
 
-def strict(answer: str, example: Example) -> float:
-    """The official VQA accuracy."""
-    return vqa_accuracy(answer, example.answers)
+def vqa_metrics(task: str) -> dict[str, ItemScore]:
+    """Both VQA accuracies of a task.
+
+    `accuracy_strict` is by the benchmark's own code, as published figures are; `accuracy_normalised` has one
+    rule for all tasks: the VQA challenge's normalisation, always, of references and answer.
+    """
+    rule = official(task)
+    return {
+        "accuracy_strict": lambda answer, example: rule(answer, example.answers),
+        "accuracy_normalised": lambda answer, example: vqa_accuracy(answer, example.answers, strict=False),
+    }
 
 
-def normalised(answer: str, example: Example) -> float:
-    """VQA accuracy with references and answer always normalised."""
-    return vqa_accuracy(answer, example.answers, strict=False)
+def vqa_scores(task: str) -> Scorer:
+    """The scorer of a task's `vqa_metrics`, by types of answers and questions."""
+    return item_scores(vqa_metrics(task), by=("answer_type", "question_type"))
 
 
 def soft(threshold: float) -> ItemScore:
@@ -173,9 +181,6 @@ def neither(answer: str, example: Example) -> bool:
 
 
 exact_scores = item_scores({"exact_match": exact})
-vqa_scores = item_scores(
-    {"accuracy_strict": strict, "accuracy_normalised": normalised}, by=("answer_type", "question_type")
-)
 choice_scores = item_scores({"accuracy": choice})
 
 
