@@ -197,7 +197,8 @@ def _pairs(path: Path, task: Task) -> tuple[list[tuple[str | None, str]], bool]:
     wrapped = isinstance(found, dict) and isinstance(found.get("results"), dict | list)
     found = found["results"] if wrapped else found
     if isinstance(found, dict):
-        return [(id, _said(answer, path, task)) for id, answer in found.items()], wrapped and task.choices
+        places = task.choices and (wrapped or all(isinstance(answer, int) for answer in found.values()))
+        return [(id, _said(answer, path, task)) for id, answer in found.items()], places
     if not isinstance(found, list):
         raise DataError(f"{path}: a list of answers or an object of them is expected")
     return [_pair(row, path, task) for row in found], False

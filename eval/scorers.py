@@ -162,11 +162,9 @@ def choice(answer: str, example: Example) -> float:
 
 
 def chosen(answer: str, listed: Sequence[str]) -> int | None:
-    """The place of the choice that an answer names; ScienceQA's results give its number."""
+    """The place of the choice that an answer names, by its very words or as `read_choice` reads it."""
     if answer in listed:
         return list(listed).index(answer)
-    if answer.isdecimal():
-        return int(answer) if int(answer) < len(listed) else None
     return short.read_choice(answer, listed)
 
 
