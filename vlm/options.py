@@ -50,7 +50,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="number format (default: float32)")
     group.add_argument(
-        "--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one per core)"
+        "--threads", type=positive, default=None, metavar="N", help="CPU threads (default: one per core)"
     )
 
 
@@ -83,6 +83,13 @@ def keep_memory() -> None:
             mallopt(parameter, size)
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def common_words(args: argparse.Namespace) -> list[str]:
     """The command-line words that give another `vlm` process the same shared options."""
     words = ["--device", args.device, "--dtype", args.dtype] + ["--offline"] * args.offline
@@ -102,13 +109,3 @@ def _device(name: str) -> str:
         reason = str(error).strip().split("\n")[0].split(". ")[0].split(" device type at")[0][:120]
         raise ConfigError(f"--device {name} does not work here ({reason}); try --device cpu.") from error
     return name
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
