@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 
@@ -60,12 +61,15 @@ def object_caption_scores(
     )
 
 
-def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_type",)) -> Scorer:
+def item_scores(
+    metrics: dict[str, ItemScore], by: Sequence[str] = ("question_type",), group: str | None = None
+) -> Scorer:
     """A scorer of means over items.
 
     Args:
         metrics: name -> score of one answer, 0 to 1; NaN leaves the item out. The first is the main metric.
         by: keys of an example's `meta` by whose values the main metric is broken down.
+        group: the key of `meta` that items which are no independent draws have in common.
     """
 
     def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
@@ -75,13 +79,15 @@ def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_ty
             )
             for name, of in metrics.items()
         }
+        groups = tuple(str(example.meta[group]) for example in examples) if group else ()
         means, intervals = {}, {}
         for name, values in per_item.items():
-            counted = values[~np.isnan(values)]
+            kept = ~np.isnan(values)
+            counted = values[kept]
             if len(counted):
                 means[name] = float(counted.mean())
-                intervals[name] = stats.interval(counted)
-        return Scores(means, intervals, per_item, breakdown(examples, per_item, by))
+                intervals[name] = stats.interval(counted, groups=list(compress(groups, kept)))
+        return Scores(means, intervals, per_item, breakdown(examples, per_item, by), groups=groups)
 
     return score
 
