@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
 
@@ -25,14 +25,24 @@ ItemScore = Callable[[str, Example], float]
 BREAKDOWN_LIMIT = 40  # a subset for every one of a thousand question types would hide the few that matter
 
 
-def caption_scores(examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
-    """CIDEr first, then BLEU-1 to BLEU-4, ROUGE-L, and METEOR and SPICE where they can be had."""
+def caption_scores(
+    examples: Sequence[Example], answers: Sequence[str], *, java: bool = True, by: Sequence[str] = ()
+) -> Scores:
+    """CIDEr first, then BLEU-1 to BLEU-4, ROUGE-L, and METEOR and SPICE where they can be had.
+
+    Args:
+        by: keys of an example's `meta` by whose values CIDEr (with the whole set's document frequencies),
+            ROUGE-L and BLEU-4 (of the subset's own counts) are broken down.
+    """
     found = score_captions(answers, [example.answers for example in examples], java=java)
     intervals = {name: stats.interval(values) for name, values in found.per_item.items()}
     tails = stats.corpus_interval(found.bleu_counts, bleu)
     intervals |= {f"bleu_{n + 1}": (float(low), float(high)) for n, (low, high) in enumerate(tails)}
+    table = breakdown(examples, found.per_item, by)
+    for name, chosen in _subsets(examples, by):
+        table[name]["bleu_4"] = float(bleu(found.bleu_counts[chosen].sum(axis=0))[3])
     per_item = found.per_item | {"bleu_4": bleu(found.bleu_counts)[:, 3]}
-    return Scores(found.metrics, intervals, per_item, {}, found.skipped)
+    return Scores(found.metrics, intervals, per_item, table, found.skipped)
 
 
 def object_caption_scores(
@@ -97,17 +107,22 @@ def breakdown(
 ) -> dict[str, dict[str, float]]:
     """Means by the values of `meta` keys: "question_type=count" -> {"n": 12, metric: mean}."""
     table: dict[str, dict[str, float]] = {}
+    for subset, chosen in _subsets(examples, by):
+        row: dict[str, float] = {"n": int(chosen.sum())}
+        for name, values in per_item.items():
+            counted = values[chosen & ~np.isnan(values)]
+            if len(counted):
+                row[name] = float(counted.mean())
+        table[subset] = row
+    return table
+
+
+def _subsets(examples: Sequence[Example], by: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """("question_type=count", which examples these are) of every value of `meta` keys, large ones first."""
     for key in by:
         kinds = [str(example.meta[key]) if key in example.meta else "" for example in examples]
-        for kind, count in Counter(kind for kind in kinds if kind).most_common(BREAKDOWN_LIMIT):
-            chosen = np.array([each == kind for each in kinds])
-            row: dict[str, float] = {"n": count}
-            for name, values in per_item.items():
-                counted = values[chosen & ~np.isnan(values)]
-                if len(counted):
-                    row[name] = float(counted.mean())
-            table[f"{key}={kind}"] = row
-    return table
+        for kind, _ in Counter(kind for kind in kinds if kind).most_common(BREAKDOWN_LIMIT):
+            yield f"{key}={kind}", np.array([each == kind for each in kinds])
 
 
 def exact(answer: str, example: Example) -> float:

@@ -223,6 +223,22 @@ def test_daquar_compares_sets_of_words(
     assert (found.metrics.get("accuracy_single"), found.metrics["accuracy_all"]) == (single, every)
 
 
+def test_nocaps_bleu_of_a_domain_is_that_of_its_own_captions() -> None:
+    task, examples = load("nocaps", "nocaps", "dev")
+    answers = [example.answers[number % 2] for number, example in enumerate(examples)]
+    answers[0], answers[1] = "a dog", f"{answers[1]} or so"
+    scores = task.scores(examples, answers, java=False)
+    domains = {str(example.meta["domain"]) for example in examples}
+    assert len(domains) > 1 and {f"domain={name}" for name in domains} == set(scores.breakdown)
+    for domain in domains:
+        part = [(e, a) for e, a in zip(examples, answers, strict=True) if e.meta["domain"] == domain]
+        alone = task.scores(*map(list, zip(*part, strict=True)), java=False)
+        row = scores.breakdown[f"domain={domain}"]
+        assert row["n"] == len(part)
+        for name in ("bleu_4", "rouge_l"):
+            assert row[name] == pytest.approx(alone.metrics[name])
+
+
 def test_nlvr_counts_drawings_and_whole_sentences() -> None:
     task, examples = load("nlvr", "nlvr", "dev")
     answers = ["True" if example.answers[0] == "yes" else "False." for example in examples]
