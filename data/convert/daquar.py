@@ -96,13 +96,10 @@ def read_pairs(path: Path) -> list[tuple[str, str, list[str]]]:
     Raises:
         DataError: an odd number of lines, a question without picture, an empty answer; the line is named.
     """
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if len(lines) % 2:
-        raise DataError(
-            f"{path}: {len(lines)} lines; a question line and an answer line in turn are expected"
-        )
+    # Blank lines at the end say nothing; elsewhere to leave one out would pair answers with other questions.
+    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
     pairs = []
-    for index in range(0, len(lines), 2):
+    for index in range(0, len(lines) - 1, 2):
         try:
             question, image = clean_question(lines[index])
         except ValueError as error:
@@ -111,6 +108,10 @@ def read_pairs(path: Path) -> list[tuple[str, str, list[str]]]:
         if not answers:
             raise DataError(f"{path}, line {index + 2}: empty answer")
         pairs.append((image, question, answers))
+    if len(lines) % 2:
+        raise DataError(
+            f"{path}: {len(lines)} lines; a question line and an answer line in turn are expected"
+        )
     return pairs
 
 

@@ -89,6 +89,32 @@ def test_daquar_answers(tmp_path: Path, save: Callable[..., Path]) -> None:
         daquar.read(tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["what is in the image3 ?", "", "what is red in the image3 ?", "cup"], "line 2: empty answer"),
+        (
+            ["what is in the image3 ?", "cup", "", "what is red in the image3 ?"],
+            "line 3: no picture is named",
+        ),
+        (
+            ["what is in the image3 ?", "cup", "", "what is red in the image3 ?", "lamp"],
+            "line 3: no picture is named",
+        ),
+        (["what is in the image3 ?", "", "what is red in the image3 ?", ""], "line 2: empty answer"),
+        (["what is in the image3 ?", "cup", "what is red in the image3 ?", " , "], "line 4: empty answer"),
+        (["what is in the image3 ?", "cup", "what is red in the image3 ?"], "3 lines"),
+    ],
+)
+def test_daquars_blank_lines_do_not_change_the_pairs(lines: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "qa.894.raw.train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=message):
+        daquar.read_pairs(path)
+    path.write_text("what is in the image3 ?\r\ncup\r\n\r\n \r\n")
+    assert daquar.read_pairs(path) == [("image3", "what is?", ["cup"])]
+
+
 def test_the_installed_package_stands_in_only_where_no_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent does not hold easy-vqa"):
         read_dataset("easy-vqa", tmp_path / "absent", "test")
