@@ -39,12 +39,21 @@ def score(text: str, name: str, tmp_path: Path, task: str = "vqav2", root: Path 
         ("headed.csv", "question_id,answer\n" + "".join(f"{id},yes\n" for id in IDS)),
         ("bare.csv", "".join(f"{id},yes\n" for id in IDS)),
         ("bare.csv", "".join(f'"{id}","yes"\n' for id in IDS)),
+        ("headed.tsv", "question_id\tanswer\r\n" + "".join(f"{id}\tyes\r\n" for id in IDS)),
+        ("bare.tsv", "".join(f"{id}\tyes\n" for id in IDS)),
+        ("UPPER.TSV", "question_id\tanswer\n" + "".join(f"{id}\tyes\n" for id in IDS)),
         ("UPPER.JSON", json.dumps(ROWS, indent=1)),
         ("lines.txt", "yes\n" * 12),
     ],
 )
 def test_every_form(name: str, text: str, tmp_path: Path) -> None:
     assert score(text, name, tmp_path) == ["yes"] * 12
+
+
+def test_commas_in_a_tsv_are_the_answers_own(tmp_path: Path) -> None:
+    for head in ("", "question_id\tanswer\n"):
+        said = score(head + "".join(f"{id}\tred, blue\n" for id in IDS), "p.tsv", tmp_path)
+        assert said == ["red, blue"] * 12
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
