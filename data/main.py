@@ -134,9 +134,7 @@ def _convert(args: argparse.Namespace) -> int:
         note = "The validation part is set aside from the official training part, by picture."
     parts = _parts(lambda split: PUBLIC[name][1](root, split, True), splits)
     about = {"name": name, **ABOUT[name], **({"dev_from": "train"} if name in NO_DEV else {})}
-    _print_sizes(
-        write_dataset(parts.items(), Path(args.destination), about, note=note), Path(args.destination)
-    )
+    _print_sizes(write_dataset(parts, Path(args.destination), about, note=note), Path(args.destination))
     return 0
 
 
@@ -159,7 +157,7 @@ def _questions(args: argparse.Namespace) -> int:
         "source": f"made from the captions of {origin} by `vlm data questions --seed {args.seed}`",
         "terms": "those of the captions and pictures",
     }
-    sizes = write_dataset(made.items(), Path(args.destination), about)
+    sizes = write_dataset(made, Path(args.destination), about)
     _print_sizes(sizes, Path(args.destination))
     for name, examples in made.items():
         print(f"{name}: sha256 {digest(examples)}")

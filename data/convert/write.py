@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _describe(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def write_dataset(
-    parts: Iterable[tuple[str, Sequence[Example]]], folder: Path, about: Mapping[str, str], *, note: str = ""
+    parts: Mapping[str, Sequence[Example]], folder: Path, about: Mapping[str, str], *, note: str = ""
 ) -> dict[str, dict[str, int]]:
     """Write all parts (`train`, `dev`, `test`) of a set; returns part -> pictures and examples.
 
@@ -182,7 +182,6 @@ def write_dataset(
         DataError: the folder holds something else or a part that is not among these, or a part cannot be
             written.
     """
-    parts = dict(parts)
     _require_own(folder, [FOLDERS[name] for name in parts])
     sizes: dict[str, dict[str, int]] = {}
     folder.mkdir(parents=True, exist_ok=True)

@@ -203,7 +203,7 @@ def test_the_real_sets_have_their_published_sizes(datasets_dir: Path) -> None:
 def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> None:
     parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
     about = {"name": "flickr8k", "title": "Flickr8k", "source": "somewhere", "terms": "some"}
-    sizes = write_dataset(parts.items(), tmp_path / "out", about)
+    sizes = write_dataset(parts, tmp_path / "out", about)
     assert sizes == {"train": {"pictures": 2, "examples": 2}, "dev": {"pictures": 1, "examples": 1}}
     for split, examples in parts.items():
         back = read_dataset(tmp_path / "out", split=split)
@@ -221,11 +221,11 @@ def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> 
     assert os.stat(image).st_nlink == 2, "pictures are linked, not copied, on one file system"
     described = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert described["parts"] == sizes
-    write_dataset(parts.items(), tmp_path / "out", about)  # again over its own output
+    write_dataset(parts, tmp_path / "out", about)  # again over its own output
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(DataError, match="not empty"):
-        write_dataset(parts.items(), tmp_path / "other", about)
+        write_dataset(parts, tmp_path / "other", about)
 
 
 def test_a_conversion_that_was_broken_off_is_not_read_and_can_be_repeated(
@@ -236,7 +236,7 @@ def test_a_conversion_that_was_broken_off_is_not_read_and_can_be_repeated(
     out, original = tmp_path / "out", flickr / "Images" / "c.jpg"
     hidden = original.rename(tmp_path / "hidden.jpg")
     with pytest.raises(DataError, match=r"c\.jpg cannot be written"):
-        write_dataset(parts.items(), out, about)
+        write_dataset(parts, out, about)
     for split in ("train", "dev"):
         with pytest.raises(DataError, match="was not written to its end"):
             read_dataset(out, split=split)
@@ -248,7 +248,7 @@ def test_a_conversion_that_was_broken_off_is_not_read_and_can_be_repeated(
     os.link(flickr / "Images" / "b.jpg", out / "validation" / ".c.jpg.part")
     (out / "train" / "b.jpg").unlink()
     os.link(save(tmp_path / "other.png", 9), out / "train" / "b.jpg")  # another set's picture of that name
-    write_dataset(parts.items(), out, about)
+    write_dataset(parts, out, about)
     for split in ("train", "dev"):
         for example in read_dataset(out, split=split):
             path = Path(str(example.images[0]))
@@ -262,17 +262,17 @@ def test_pictures_that_are_bytes_replace_what_is_half_there(tmp_path: Path, flic
     content = (flickr / "Images" / "a.jpg").read_bytes()
     examples = [make_example(content, "what?", ["a dog"], "1")]
     about = {"name": "x", "title": "x", "source": "x", "terms": "x"}
-    write_dataset([("train", examples)], tmp_path / "out", about)
+    write_dataset({"train": examples}, tmp_path / "out", about)
     (path,) = (tmp_path / "out" / "train").glob("*.jpg")
     path.write_bytes(content[:50])
-    write_dataset([("train", examples)], tmp_path / "out", about)
+    write_dataset({"train": examples}, tmp_path / "out", about)
     assert path.read_bytes() == content
 
 
 def test_converted_folders_load_with_datasets(flickr: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
-    write_dataset(parts.items(), tmp_path / "out", {"name": "x", "title": "x", "source": "x", "terms": "x"})
+    write_dataset(parts, tmp_path / "out", {"name": "x", "title": "x", "source": "x", "terms": "x"})
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in loaded.items()} == {"train": 2, "validation": 1}
     assert loaded["validation"][0]["text"] == list(parts["dev"][0].answers)
