@@ -21,7 +21,7 @@ from vlm.data.readers import BAD_SHARE, Reading, dev_is_from_train, read_source,
 from vlm.data.rows import BadRow
 from vlm.data.splits import image_key
 from vlm.data.text import all_spoken
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 from vlm.images import ImageError, open_picture
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -33,6 +33,8 @@ class PartReport:
     """What was found in one part of a source."""
 
     name: str
+    problem: str | None = None
+    """Why nothing of it can be read; None where it can."""
     examples: int = 0
     pictures: int = 0
     bad: list[BadRow] = field(default_factory=list)
@@ -88,7 +90,7 @@ class PartReport:
     def to_json(self) -> dict[str, Any]:
         """The report for programs."""
         return {
-            "part": self.name, "examples": self.examples, "pictures": self.pictures,
+            "part": self.name, "problem": self.problem, "examples": self.examples, "pictures": self.pictures,
             "bad": len(self.bad), "bad_share": round(self.bad_share, 6), "causes": dict(self.causes),
             "bad_rows": [str(row) for row in self.bad], "without_picture": self.texts,
             "duplicates": self.duplicates, "repeated": self.repeated,
@@ -109,8 +111,11 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether a training run would start: at most 1 % unusable rows, and no training picture held out."""
-        usable = all(part.bad_share <= BAD_SHARE and part.examples for part in self.parts)
+        """Whether a training run would start: every part can be read, at most 1 % of its rows are unusable,
+        and no training picture is held out."""
+        usable = all(
+            part.problem is None and part.bad_share <= BAD_SHARE and part.examples for part in self.parts
+        )
         return bool(self.parts) and usable and not self.leaks
 
     def to_json(self) -> dict[str, Any]:
@@ -203,25 +208,29 @@ def count(examples: Sequence[Example], prints: Sequence[Print], report: PartRepo
     _count_words(examples, report)
 
 
-def parts_of(source: str | Path) -> list[tuple[str, Reading]]:
-    """The parts that a source has, read; a source without parts is one called "all".
+def parts_of(source: str | Path) -> list[tuple[str, Reading | DataError]]:
+    """The parts that a source has, each read or why it cannot be; a source without parts is one called "all".
 
     Raises:
-        DataError: the source has none.
+        DataError: none can be read.
     """
-    found = []
-    problem: DataError | None = None
+    found: list[tuple[str, Reading | DataError]] = []
+    absent: DataError | None = None
     # Where dev is set aside from the training part, the whole training part holds it.
     train = "train-rest" if dev_is_from_train(source) else "train"
     for split in (train, "dev", "test"):
         try:
             found.append((split, read_source(source, split, divide=False)))
+        except NoPartError as error:
+            absent = absent or error
         except DataError as error:
-            problem = problem or error
-    if not found:
-        raise problem or DataError(f"{source} holds nothing")
-    if len(found) == 1 and not found[0][1].has_part:
-        return [("all", found[0][1])]
+            found.append((split, error))
+    read = [reading for _, reading in found if isinstance(reading, Reading)]
+    if not read:
+        problems = [error for _, error in found if isinstance(error, DataError)]
+        raise (problems or [absent or DataError(f"{source} holds nothing")])[0]
+    if len(found) == 1 and not read[0].has_part:
+        return [("all", read[0])]
     return found
 
 
@@ -242,6 +251,9 @@ def check_source(
     train: list[Print] = []
     held: list[Print] = []
     for name, reading in parts_of(source):
+        if isinstance(reading, DataError):
+            report.parts.append(PartReport(name, problem=str(reading)))
+            continue
         part, prints = check_reading(reading, name, progress)
         report.parts.append(part)
         (held if name in ("dev", "test") else train).extend(prints)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,15 @@ from vlm.data.convert.write import ABOUT, write_dataset
 from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
-from vlm.errors import DataError, VLMError
-from vlm.options import add_common, add_offline, apply_common, keep_memory, make_parser
+from vlm.errors import DataError, NoPartError
+from vlm.options import (
+    add_common,
+    add_offline,
+    apply_common,
+    apply_offline,
+    keep_memory,
+    make_parser,
+)
 
 SHOWN = 10
 # Sets without a dev part of their own: theirs is set aside from the training part by picture.
@@ -42,6 +48,8 @@ def _progress() -> Progress | None:
 
 
 def _part_lines(part: PartReport) -> list[str]:
+    if part.problem is not None:
+        return [f"{part.name}: cannot be read: {part.problem}"]
     lines = [
         f"{part.name}: {part.examples} examples, {part.pictures} pictures, {len(part.bad)} unusable rows"
     ]
@@ -71,8 +79,7 @@ def _print_report(report: CheckReport) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    if args.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is first imported
+    apply_offline(args)
     from vlm.data.check import check_source
     from vlm.data.show import masked_sample, plain_sample
 
@@ -85,7 +92,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.adapter and samples:
         from vlm.model import VLM
 
-        model = VLM.from_pretrained(args.adapter, offline=args.offline)
+        apply_common(args)
+        model = VLM.from_pretrained(args.adapter, offline=args.offline, device=args.device, dtype=args.dtype)
         show = lambda example: masked_sample(model, example)  # noqa: E731
     _print_report(report)
     for number, example in enumerate(samples, start=1):
@@ -94,17 +102,24 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _parts(read: Callable[[str], list[Example]], splits: tuple[str, ...]) -> dict[str, list[Example]]:
-    """The parts that are there; `train-rest` is called train in what is written."""
+    """The parts that are there; `train-rest` is called train in what is written.
+
+    Raises:
+        DataError: a part is there and cannot be read, or there is none.
+    """
     found: dict[str, list[Example]] = {}
-    problem: VLMError | None = None
+    absent: DataError | None = None
     for split in splits:
+        name = split.removesuffix("-rest")
         try:
-            found[split.removesuffix("-rest")] = read(split)
+            found[name] = read(split)
+        except NoPartError as error:
+            absent = absent or error
+            print(f"skipped {name}: {error}", file=sys.stderr)
         except DataError as error:
-            problem = problem or error
-            print(f"skipped {split}: {error}", file=sys.stderr)
+            raise DataError(f"the {name} part cannot be read, so nothing is written: {error}") from error
     if not found:
-        raise problem or DataError("nothing to convert")
+        raise absent or DataError("nothing to convert")
     return found
 
 
@@ -125,9 +140,7 @@ def _convert(args: argparse.Namespace) -> int:
         note = "The validation part is set aside from the official training part, by picture."
     parts = _parts(lambda split: PUBLIC[name][1](root, split, True), splits)
     about = {"name": name, **ABOUT[name], **({"dev_from": "train"} if name in NO_DEV else {})}
-    _print_sizes(
-        write_dataset(parts.items(), Path(args.destination), about, note=note), Path(args.destination)
-    )
+    _print_sizes(write_dataset(parts, Path(args.destination), about, note=note), Path(args.destination))
     return 0
 
 
@@ -143,6 +156,10 @@ def _questions(args: argparse.Namespace) -> int:
         if not captions:
             raise DataError(f"the {name} part of {args.source} holds no captions to make questions from")
         made[name] = questions_from_captions(captions, seed=args.seed)
+    if not any(made.values()):
+        raise DataError(
+            f"no question can be made from {args.source}: that takes several captions a picture which agree"
+        )
     origin = Path(args.source).name
     about = {
         "name": f"{origin}-questions",
@@ -150,7 +167,7 @@ def _questions(args: argparse.Namespace) -> int:
         "source": f"made from the captions of {origin} by `vlm data questions --seed {args.seed}`",
         "terms": "those of the captions and pictures",
     }
-    sizes = write_dataset(made.items(), Path(args.destination), about)
+    sizes = write_dataset(made, Path(args.destination), about)
     _print_sizes(sizes, Path(args.destination))
     for name, examples in made.items():
         print(f"{name}: sha256 {digest(examples)}")
@@ -208,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--adapter", metavar="NAME", help="print the samples as this adapter's model sees them"
     )
-    add_offline(check)
+    add_common(check)
     check.add_argument("--json", action="store_true", help="the whole report for programs")
     check.set_defaults(run=_check)
     convert = commands.add_parser(

@@ -26,10 +26,10 @@ TOP_SHARE = 0.5
 
 
 def _thin(pairs: list[Pair], ids: Sequence[str], seed: int) -> list[Pair]:
-    """Without the surplus of a question's commonest answer: it may be at most half of the answers.
+    """Without the surplus of a question's commonest answer: at most half of the answers stay, or three.
 
-    Otherwise "What animal is in the picture?" is answered by "dog" without looking. Questions asked fewer
-    than four times stay.
+    Otherwise "What animal is in the picture?" is answered by "dog" without looking. `_limit`, which comes
+    after this, may leave the commonest answer with more than half again.
     """
     by_question: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:

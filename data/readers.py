@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from vlm.data import coco
 from vlm.data.convert import daquar, easy_vqa, flickr8k
@@ -26,7 +27,7 @@ from vlm.data.shards import Shard
 from vlm.data.splits import canonical_split, split_by_image
 from vlm.data.streams import SPLIT_NAMES, hub_name, no_part, read_hub, read_parquet, read_webdataset
 from vlm.data.tables import json_list_rows, metadata_file, read_image_folder, text_rows, to_examples
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +115,15 @@ def dev_is_from_train(source: str | Path) -> bool:
     """Whether a folder's dev part is set aside from its official training part."""
     folder = Path(source).expanduser()
     if (folder / "dataset.json").is_file():
-        table = coco.read_json(folder / "dataset.json")
-        return isinstance(table, dict) and table.get("dev_from") == "train"
+        return _described(folder).get("dev_from") == "train"
     return folder.is_dir() and public_set(folder) in ("daquar", "easy-vqa")
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What the dataset.json of a folder that `vlm data` wrote says; nothing where there is none."""
+    path = folder / "dataset.json"
+    table = coco.read_json(path) if path.is_file() else {}
+    return table if isinstance(table, dict) else {}
 
 
 def _collect(source: str, items: Iterator[Item]) -> Reading:
@@ -215,6 +222,8 @@ def _folder(folder: Path, split: str, shard: Shard, pictures: bool) -> tuple[Ite
     """(examples, whether the folder itself has the split as a part)."""
     if metadata_file(folder):
         return read_image_folder(folder, pictures), False
+    if _described(folder).get("unfinished"):
+        raise DataError(f"{folder} was not written to its end: run the command that made it again")
     parts = part_folders(folder)
     if parts:
         if split == "train-rest" and "dev" not in parts and "train" in parts:
@@ -256,7 +265,7 @@ def _no_table(folder: Path, tables: list[Path]) -> str:
 def _whole_part(reading: Reading, split: str) -> Reading:
     """A source with one part only: `train` is all of it, `train-rest` and `dev` its two parts by image."""
     if split == "test":
-        raise DataError(f"{reading.source} has one part only; it cannot be asked for its test part")
+        raise NoPartError(f"{reading.source} has one part only; it cannot be asked for its test part")
     if split != "train":
         rest, held = split_by_image(reading.examples)
         reading.examples = held if split == "dev" else rest
@@ -278,7 +287,8 @@ def read_source(
     parts of Parquet, tar and hub sources. `pictures=False`: image folders and public sets may lack them.
 
     Raises:
-        DataError: there is no such source or part, or its table cannot be read at all.
+        NoPartError: the source has no such part.
+        DataError: there is no such source, or its table cannot be read at all.
     """
     split = canonical_split(split)
     try:
@@ -289,7 +299,7 @@ def read_source(
     if reading.has_part or (not divide and split == "train"):
         return reading
     if not divide:
-        raise DataError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
+        raise NoPartError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
     return _whole_part(reading, split)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from vlm.data.rows import IMAGE_COLUMNS, BadRow, Item, RowError, as_text, load_json
 from vlm.data.shards import Part, Shard, parts_of
 from vlm.data.tables import Rows, text_rows, to_examples
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 T = TypeVar("T")
 HubPart = tuple[Any, str, str, list[str]]
@@ -260,10 +260,10 @@ def hub_name(source: str | Path) -> str | None:
     return None if path or name.count("/") != 1 else name
 
 
-def no_part(where: str | Path, names: Sequence[str], known: Sequence[str]) -> DataError:
+def no_part(where: str | Path, names: Sequence[str], known: Sequence[str]) -> NoPartError:
     """The error of a part that a source does not have: all its names, as any of them may have been typed."""
     wanted = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    return DataError(f"{where} has no part called {wanted}; it has {', '.join(known) or 'none'}")
+    return NoPartError(f"{where} has no part called {wanted}; it has {', '.join(known) or 'none'}")
 
 
 def hub_part(repo: str, split: str, names: Sequence[str] = ()) -> HubPart:
@@ -272,7 +272,7 @@ def hub_part(repo: str, split: str, names: Sequence[str] = ()) -> HubPart:
     `names`: what the part may be called, the best first; the usual names of the split where none is given.
 
     Raises:
-        DataError: the data set or the split is not there.
+        DataError: the data set is not there; NoPartError: it has no such split.
     """
     import datasets
 

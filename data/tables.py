@@ -84,14 +84,19 @@ def _delimiter(text: str, usual: str) -> str:
     return max((usual, *DELIMITERS), key=known)
 
 
+def mark_of(path: Path) -> str:
+    """What separates the cells of a file of this name."""
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
 def whole_csv(path: Path, columns: Sequence[str] = ()) -> list[Mapping[str, Any]]:
-    """Every row of a CSV file; `columns` are those of a file that does not name them.
+    """Every row of a CSV or TSV file; `columns` are those of a file that does not name them.
 
     Raises:
         DataError: the file is missing or has no header; a row cannot be used.
     """
     rows: list[Mapping[str, Any]] = []
-    for _, row in csv_rows(read_text(path), str(path), columns=columns):
+    for _, row in csv_rows(read_text(path), str(path), mark_of(path), columns):
         if isinstance(row, BadRow):
             raise DataError(str(row))
         rows.append(row)
@@ -143,10 +148,9 @@ def text_rows(path: Path, text: str | None = None) -> Rows:
         DataError: the file is missing, not UTF-8, or has no header.
     """
     content = read_text(path) if text is None else text
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return jsonl_rows(content, path.name)
-    return csv_rows(content, path.name, "\t" if suffix == ".tsv" else ",")
+    return csv_rows(content, path.name, mark_of(path))
 
 
 def metadata_file(folder: Path) -> Path | None:

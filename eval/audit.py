@@ -17,7 +17,15 @@ from vlm.data.example import Example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import outputs, report, tasks
 from vlm.eval.main import add_data
-from vlm.eval.metrics.vqa import normalise, punctuation, vqa_accuracy
+from vlm.eval.metrics.vqa import (
+    agreement,
+    evalai,
+    evalai_accuracy,
+    normalise,
+    official,
+    punctuation,
+    vqa_accuracy,
+)
 from vlm.eval.predictions import read_predictions
 from vlm.eval.task import Task, question
 from vlm.options import add_offline, apply_offline, make_parser
@@ -29,18 +37,12 @@ class Protocol:
 
     Attributes:
         about: what is particular about it.
-        score: answer and example -> 0 to 1.
+        score: answer, example and the task's name -> 0 to 1.
     """
 
     name: str
     about: str
-    score: Callable[[str, Example], float]
-
-
-def _agreement(answer: str, references: Sequence[str]) -> float:
-    """Leave one out, by position."""
-    same = [reference == answer for reference in references]
-    return sum(min(1.0, (sum(same) - hit) / 3) for hit in same) / len(same)
+    score: Callable[[str, Example, str], float]
 
 
 def _by_equality(answer: str, references: Sequence[str], example: Example) -> float:
@@ -49,52 +51,50 @@ def _by_equality(answer: str, references: Sequence[str], example: Example) -> fl
     VizWiz's carry only a confidence, so annotators who agree strike each other out.
     """
     if "confidences" not in example.meta:
-        return _agreement(answer, references)
+        return agreement([reference == answer for reference in references])
     rows = list(zip(references, str(example.meta["confidences"]).split("|"), strict=True))
     scores = [min(1.0, sum(other[0] == answer for other in rows if other != row) / 3) for row in rows]
     return sum(scores) / len(scores)
 
 
-def _evalai(text: str) -> str:
-    """The EvalAI answer processor: commas, question marks and 's go first, then the usual rules."""
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return normalise(text)
+def _official(answer: str, example: Example, task: str) -> float:
+    return official(task)(answer, example.answers)
 
 
-def _lmms_eval(answer: str, example: Example) -> float:
-    said, given = _evalai(answer), list(example.answers)
-    if len(set(given)) > 1:
-        said, given = normalise(said), [normalise(reference) for reference in given]
-    return _by_equality(said, given, example)
+def _normalised(answer: str, example: Example, task: str) -> float:
+    return vqa_accuracy(answer, example.answers, strict=False)
 
 
-def _open_flamingo(answer: str, example: Example) -> float:
+def _lmms_eval(answer: str, example: Example, task: str) -> float:
+    rule = _normalised if task == LMMS_PLAIN else _llava
+    return rule(answer, example, task)
+
+
+def _open_flamingo(answer: str, example: Example, task: str) -> float:
     first = re.split("Question|Answer|Short", answer, maxsplit=1)[0].split(", ", 1)[0]
-    said, given = normalise(first), list(example.answers)
-    if len(set(given)) > 1:
-        given = [normalise(reference) for reference in given]
-    return _by_equality(said, given, example)
+    return _by_equality(normalise(first), [normalise(text) for text in example.answers], example)
 
 
-def _lavis(answer: str, example: Example) -> float:
+def _lavis(answer: str, example: Example, task: str) -> float:
     given = list(example.answers)
     if len(set(given)) > 1:
         given = [punctuation(reference) for reference in given]
     return _by_equality(normalise(answer), given, example)
 
 
-def _llava(answer: str, example: Example) -> float:
-    return _agreement(_evalai(answer), [_evalai(reference) for reference in example.answers])
+def _llava(answer: str, example: Example, task: str) -> float:
+    return evalai_accuracy(answer, example.answers)
 
 
+LMMS_PLAIN = "vqav2"  # the task that lmms-eval scores without EvalAI's first steps
 PROTOCOLS = (
+    Protocol("official", "the rule of the benchmark's own code", _official),
+    Protocol("normalised", "always normalised, by the VQA challenge's rules", _normalised),
+    Protocol("lmms-eval", "always normalised; but for vqav2 as llava", _lmms_eval),
     Protocol(
-        "official", "nothing is normalised where references agree", lambda a, e: vqa_accuracy(a, e.answers)
-    ),
-    Protocol("normalised", "always normalised", lambda a, e: vqa_accuracy(a, e.answers, strict=False)),
-    Protocol("lmms-eval", "the answer is always normalised, agreeing references never", _lmms_eval),
-    Protocol(
-        "open_flamingo", "the answer is cut at its first comma; equal annotations cancel", _open_flamingo
+        "open_flamingo",
+        "always normalised, the answer cut at its first comma; equal annotations cancel",
+        _open_flamingo,
     ),
     Protocol("lavis", "references lose punctuation only: case, articles and numbers stay", _lavis),
     Protocol("llava", "commas, question marks and 's go first, on both sides", _llava),
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
         task = _with_accuracy(args.task)
         examples = task.answered(args.data, args.split)
         answers = read_predictions(args.predictions, task, examples)
-    found = audit(examples, answers)
+    found = audit(examples, answers, task.name)
     if args.out:
         report.write_json(args.out, {"task": task.name, **found})
     for protocol in PROTOCOLS:
@@ -175,8 +175,12 @@ def recorded(path: Path) -> tuple[Task, list[Example], list[str]]:
     return task, examples, [row["answer"] for row in rows]
 
 
-def audit(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
+def audit(examples: Sequence[Example], answers: Sequence[str], task: str = "") -> dict[str, Any]:
     """Mean score of every protocol, and every item on which they disagree, with the reasons.
+
+    Args:
+        task: the name of the task that the examples are of: some rules depend on it. Without, those are
+            taken that most tasks have.
 
     Raises:
         ConfigError: the examples have fewer than four references, where the rules say nothing.
@@ -184,7 +188,7 @@ def audit(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]
     if any(len(example.answers) < 4 for example in examples):
         raise ConfigError("the audit is about VQA accuracy: every question needs at least four references")
     rows = [
-        {p.name: 100 * p.score(answer, example) for p in PROTOCOLS}
+        {p.name: 100 * p.score(answer, example, task) for p in PROTOCOLS}
         for answer, example in zip(answers, examples, strict=True)
     ]
     differing = [
@@ -194,7 +198,7 @@ def audit(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]
             "answer": answer,
             "references": list(example.answers),
             "scores": row,
-            "why": reasons(answer, example, row),
+            "why": reasons(answer, example, row, task),
         }
         for answer, example, row in zip(answers, examples, rows, strict=True)
         if max(row.values()) - min(row.values()) > 1e-9
@@ -203,32 +207,38 @@ def audit(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]
     return {"n": len(rows), "scores": means, "differing": differing}
 
 
-def reasons(answer: str, example: Example, row: dict[str, float]) -> list[str]:
+def reasons(answer: str, example: Example, row: dict[str, float], task: str) -> list[str]:
     """Why the protocols disagree about one answer."""
-    found = []
     given = list(example.answers)
-    official = row["official"]
-    if (
-        len(set(given)) == 1
-        and normalise(given[0]) == normalise(answer)
-        and given[0].lower() != answer.lower()
-    ):
-        found.append(f"official: all say {given[0]!r}, so {answer!r} is compared as it stands")
+    processed = any(evalai(text) != normalise(text) for text in (answer, *given))
+    found = _official_reasons(answer, given, task, processed)
     for name, value in row.items():
-        if abs(value - official) < 1e-9 or name in ("official", "normalised"):
+        if abs(value - row["official"]) < 1e-9 or name in ("official", "normalised"):
             continue
         if name == "open_flamingo" and ", " in answer:
             found.append(f"open_flamingo: the answer is cut to {answer.split(', ', 1)[0]!r}")
-        elif name in ("lmms-eval", "open_flamingo", "lavis") and "confidences" in example.meta:
+        elif name in ("open_flamingo", "lavis") and "confidences" in example.meta:
             found.append(f"{name}: equal annotations without ids cancel each other")
+        elif name == "lavis" and len(set(given)) == 1:
+            found.append("lavis: the answer is normalised, references that agree are not")
         elif name == "lavis":
             found.append("lavis: references keep case, articles and number words")
-        elif name == "llava" and any(_evalai(text) != normalise(text) for text in (answer, *given)):
-            found.append("llava: commas, question marks and 's are taken out before the usual rules")
-        elif len(set(given)) == 1:
-            found.append(
-                f"{name}: the answer is normalised to {normalise(answer)!r} although references agree"
-            )
+        elif processed and (name == "llava" or (name == "lmms-eval" and task != LMMS_PLAIN)):
+            found.append(f"{name}: commas, question marks and 's are taken out before the usual rules")
         else:
-            found.append(f"{name}: the answer is compared as {_evalai(answer)!r}")
+            found.append(f"{name}: answer and references are normalised, the answer to {normalise(answer)!r}")
     return found
+
+
+def _official_reasons(answer: str, given: list[str], task: str, processed: bool) -> list[str]:
+    """What the benchmark's own rule makes of the answer that `normalised` does not."""
+    plain = normalise(answer)
+    rule = official(task)
+    if rule is evalai_accuracy:
+        taken = "official: commas, question marks and 's are taken out before the usual rules"
+        return [taken] if processed else []
+    if rule is vqa_accuracy:
+        apart = len(set(given)) == 1 and normalise(given[0]) == plain and given[0].lower() != answer.lower()
+        return [f"official: all say {given[0]!r}, so {answer!r} is compared as it stands"] if apart else []
+    left = [text for text in given if normalise(text) == plain and not rule(answer, [text])]
+    return [f"official: references stay as they are: {left[0]!r}, not {plain!r}"] if left else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,21 @@ def _differences(
             if name in a and name in b:
                 found[name] = _row(a[name], b[name], result)
     left_out = {}
+    grouped = all("group" in one for one, _ in pairs)
+    groups = [str(one["group"]) for one, _ in pairs] if grouped else []
     for name in names:
         if name in found:
             continue
         scores = [(one["scores"].get(name), two["scores"].get(name)) for one, two in pairs]
-        counted = [pair for pair in scores if None not in pair]
+        kept = [None not in pair for pair in scores]
+        counted = list(compress(scores, kept))
         if (name in a) != (name in b):
             left_out[name] = f"{'B' if name in a else 'A'} has no such score"
         elif not counted:
             left_out[name] = "a figure of the whole set alone" if name in a else "no item counts for it"
         else:
             first, second = zip(*counted, strict=True)
-            result = stats.compare(first, second)
+            result = stats.compare(first, second, groups=list(compress(groups, kept)))
             better, worse = len(result.better), len(result.worse)
             turned = name in LOWER_IS_BETTER
             found[name] = _row(float(np.mean(first)), float(np.mean(second)), result) | {

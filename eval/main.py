@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlm.eval import tasks
-from vlm.options import add_common, make_parser
+from vlm.options import add_common, make_parser, positive
 
 BEFORE = {"score": "vlm.eval.offline", "audit": "vlm.eval.audit", "compare": "vlm.eval.compare",
           "calibrate": "vlm.eval.abstain"}  # fmt: skip
@@ -103,13 +103,6 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="REPORT.json", help="where the report goes")
     parser.add_argument("--no-java", action="store_true", help="leave METEOR and SPICE out")
     parser.add_argument("--no-html", action="store_true", help="write no page beside the report")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def count(text: str) -> int:

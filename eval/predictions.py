@@ -15,7 +15,7 @@ from vlm.answer import confidence
 from vlm.config import flat
 from vlm.data.convert.common import parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
-from vlm.data.tables import whole_csv
+from vlm.data.tables import mark_of, whole_csv
 from vlm.errors import ConfigError, DataError
 from vlm.eval import outputs
 from vlm.eval.scorers import options
@@ -127,8 +127,8 @@ def read_predictions(path: Path, task: Task, examples: Sequence[Example]) -> lis
 
     Taken: the official JSON list of objects (`question_id` and `answer`, `image_id` and `caption`, ...), a
     JSON object id -> answer, either of them under "results", JSON lines of the same objects (a run's own file
-    too), a CSV with such columns or with ids and answers alone, and for `.txt` one answer a line in the order
-    of the examples.
+    too), a CSV or TSV with such columns or with ids and answers alone, and for `.txt` one answer a line, in
+    the order of the examples.
 
     Raises:
         DataError: unreadable; an id twice, unknown or without answer.
@@ -184,7 +184,7 @@ def _numbered(answer: str, example: Example) -> str:
 
 def _pairs(path: Path, task: Task) -> tuple[list[tuple[str | None, str]], bool]:
     """(id, answer) of every entry, and whether numbers among the answers are places of choices."""
-    if path.suffix == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         return [_pair(row, path, task) for row in _csv_rows(path, task)], False
     text = read_text(path)
     if _is_lines(text, path):
@@ -197,7 +197,8 @@ def _pairs(path: Path, task: Task) -> tuple[list[tuple[str | None, str]], bool]:
     wrapped = isinstance(found, dict) and isinstance(found.get("results"), dict | list)
     found = found["results"] if wrapped else found
     if isinstance(found, dict):
-        return [(id, _said(answer, path, task)) for id, answer in found.items()], wrapped and task.choices
+        places = task.choices and (wrapped or all(isinstance(answer, int) for answer in found.values()))
+        return [(id, _said(answer, path, task)) for id, answer in found.items()], places
     if not isinstance(found, list):
         raise DataError(f"{path}: a list of answers or an object of them is expected")
     return [_pair(row, path, task) for row in found], False
@@ -212,8 +213,8 @@ def _is_lines(text: str, path: Path) -> bool:
 
 
 def _csv_rows(path: Path, task: Task) -> Sequence[Mapping[str, Any]]:
-    """A CSV's rows; where its first row names no column that is known, it is an id and an answer already."""
-    head = [cell.strip(' "') for cell in read_text(path).partition("\n")[0].split(",")]
+    """A CSV's or TSV's rows; where its first row names no known column, it is an id and an answer already."""
+    head = [cell.strip(' "\r') for cell in read_text(path).partition("\n")[0].split(mark_of(path))]
     bare = len(head) > 1 and not {task.answer_key, *ANSWER_KEYS} & set(head)
     return whole_csv(path, (task.id_key, task.answer_key) if bare else ())
 

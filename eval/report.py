@@ -99,6 +99,8 @@ def items(
             "answer": answer,
             "scores": {name: float(values[number]) for name, values in scores.per_item.items()},
         }
+        if scores.groups:  # items of one group are resampled together
+            row["group"] = scores.groups[number]
         if "confidences" in example.meta:  # of VizWiz's annotators; other harnesses score by them
             row["confidences"] = example.meta["confidences"]
         if predictions:

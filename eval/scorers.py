@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from vlm.eval import stats
 from vlm.eval.metrics import answers as short
 from vlm.eval.metrics.captions import bleu, score_captions
 from vlm.eval.metrics.chair import chair, chair_counts
-from vlm.eval.metrics.vqa import vqa_accuracy
+from vlm.eval.metrics.vqa import official, vqa_accuracy
 from vlm.eval.metrics.wordnet import find_wordnet
 from vlm.eval.metrics.wups import wups
 from vlm.eval.task import Scorer, Scores
@@ -24,14 +25,24 @@ ItemScore = Callable[[str, Example], float]
 BREAKDOWN_LIMIT = 40  # a subset for every one of a thousand question types would hide the few that matter
 
 
-def caption_scores(examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
-    """CIDEr first, then BLEU-1 to BLEU-4, ROUGE-L, and METEOR and SPICE where they can be had."""
+def caption_scores(
+    examples: Sequence[Example], answers: Sequence[str], *, java: bool = True, by: Sequence[str] = ()
+) -> Scores:
+    """CIDEr first, then BLEU-1 to BLEU-4, ROUGE-L, and METEOR and SPICE where they can be had.
+
+    Args:
+        by: keys of an example's `meta` by whose values CIDEr (with the whole set's document frequencies),
+            ROUGE-L and BLEU-4 (of the subset's own counts) are broken down.
+    """
     found = score_captions(answers, [example.answers for example in examples], java=java)
     intervals = {name: stats.interval(values) for name, values in found.per_item.items()}
     tails = stats.corpus_interval(found.bleu_counts, bleu)
     intervals |= {f"bleu_{n + 1}": (float(low), float(high)) for n, (low, high) in enumerate(tails)}
+    table = breakdown(examples, found.per_item, by)
+    for name, chosen in _subsets(examples, by):
+        table[name]["bleu_4"] = float(bleu(found.bleu_counts[chosen].sum(axis=0))[3])
     per_item = found.per_item | {"bleu_4": bleu(found.bleu_counts)[:, 3]}
-    return Scores(found.metrics, intervals, per_item, {}, found.skipped)
+    return Scores(found.metrics, intervals, per_item, table, found.skipped)
 
 
 def object_caption_scores(
@@ -60,12 +71,15 @@ def object_caption_scores(
     )
 
 
-def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_type",)) -> Scorer:
+def item_scores(
+    metrics: dict[str, ItemScore], by: Sequence[str] = ("question_type",), group: str | None = None
+) -> Scorer:
     """A scorer of means over items.
 
     Args:
         metrics: name -> score of one answer, 0 to 1; NaN leaves the item out. The first is the main metric.
         by: keys of an example's `meta` by whose values the main metric is broken down.
+        group: the key of `meta` that items which are no independent draws have in common.
     """
 
     def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
@@ -75,13 +89,15 @@ def item_scores(metrics: dict[str, ItemScore], by: Sequence[str] = ("question_ty
             )
             for name, of in metrics.items()
         }
+        groups = tuple(str(example.meta[group]) for example in examples) if group else ()
         means, intervals = {}, {}
         for name, values in per_item.items():
-            counted = values[~np.isnan(values)]
+            kept = ~np.isnan(values)
+            counted = values[kept]
             if len(counted):
                 means[name] = float(counted.mean())
-                intervals[name] = stats.interval(counted)
-        return Scores(means, intervals, per_item, breakdown(examples, per_item, by))
+                intervals[name] = stats.interval(counted, groups=list(compress(groups, kept)))
+        return Scores(means, intervals, per_item, breakdown(examples, per_item, by), groups=groups)
 
     return score
 
@@ -91,17 +107,22 @@ def breakdown(
 ) -> dict[str, dict[str, float]]:
     """Means by the values of `meta` keys: "question_type=count" -> {"n": 12, metric: mean}."""
     table: dict[str, dict[str, float]] = {}
+    for subset, chosen in _subsets(examples, by):
+        row: dict[str, float] = {"n": int(chosen.sum())}
+        for name, values in per_item.items():
+            counted = values[chosen & ~np.isnan(values)]
+            if len(counted):
+                row[name] = float(counted.mean())
+        table[subset] = row
+    return table
+
+
+def _subsets(examples: Sequence[Example], by: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """("question_type=count", which examples these are) of every value of `meta` keys, large ones first."""
     for key in by:
         kinds = [str(example.meta[key]) if key in example.meta else "" for example in examples]
-        for kind, count in Counter(kind for kind in kinds if kind).most_common(BREAKDOWN_LIMIT):
-            chosen = np.array([each == kind for each in kinds])
-            row: dict[str, float] = {"n": count}
-            for name, values in per_item.items():
-                counted = values[chosen & ~np.isnan(values)]
-                if len(counted):
-                    row[name] = float(counted.mean())
-            table[f"{key}={kind}"] = row
-    return table
+        for kind, _ in Counter(kind for kind in kinds if kind).most_common(BREAKDOWN_LIMIT):
+            yield f"{key}={kind}", np.array([each == kind for each in kinds])
 
 
 def exact(answer: str, example: Example) -> float:
@@ -109,14 +130,22 @@ def exact(answer: str, example: Example) -> float:
     return short.exact_match(answer, example.answers)
 
 
-def strict(answer: str, example: Example) -> float:
-    """The official VQA accuracy."""
-    return vqa_accuracy(answer, example.answers)
+def vqa_metrics(task: str) -> dict[str, ItemScore]:
+    """Both VQA accuracies of a task.
+
+    `accuracy_strict` is by the benchmark's own code, as published figures are; `accuracy_normalised` has one
+    rule for all tasks: the VQA challenge's normalisation, always, of references and answer.
+    """
+    rule = official(task)
+    return {
+        "accuracy_strict": lambda answer, example: rule(answer, example.answers),
+        "accuracy_normalised": lambda answer, example: vqa_accuracy(answer, example.answers, strict=False),
+    }
 
 
-def normalised(answer: str, example: Example) -> float:
-    """VQA accuracy with references and answer always normalised."""
-    return vqa_accuracy(answer, example.answers, strict=False)
+def vqa_scores(task: str) -> Scorer:
+    """The scorer of a task's `vqa_metrics`, by types of answers and questions."""
+    return item_scores(vqa_metrics(task), by=("answer_type", "question_type"))
 
 
 def soft(threshold: float) -> ItemScore:
@@ -154,11 +183,9 @@ def choice(answer: str, example: Example) -> float:
 
 
 def chosen(answer: str, listed: Sequence[str]) -> int | None:
-    """The place of the choice that an answer names; ScienceQA's results give its number."""
+    """The place of the choice that an answer names, by its very words or as `read_choice` reads it."""
     if answer in listed:
         return list(listed).index(answer)
-    if answer.isdecimal():
-        return int(answer) if int(answer) < len(listed) else None
     return short.read_choice(answer, listed)
 
 
@@ -173,9 +200,6 @@ def neither(answer: str, example: Example) -> bool:
 
 
 exact_scores = item_scores({"exact_match": exact})
-vqa_scores = item_scores(
-    {"accuracy_strict": strict, "accuracy_normalised": normalised}, by=("answer_type", "question_type")
-)
 choice_scores = item_scores({"accuracy": choice})
 
 

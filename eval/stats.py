@@ -2,6 +2,7 @@
 
 What is resampled are items (pictures or questions), 1,000 times, with one seed, so the interval of a report
 never depends on the day. A corpus score such as BLEU is recomputed from summed counts in every resample.
+Items that are no independent draws (six drawings of one scene) are resampled by the group they belong to.
 """
 
 from __future__ import annotations
@@ -19,10 +20,22 @@ _BLOCK = 64  # resamples at once: bounds memory at 64 x items
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-def interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> tuple[float, float]:
-    """The 95 % interval of the mean of (n,) item scores."""
+def interval(
+    values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED, groups: Sequence[str] = ()
+) -> tuple[float, float]:
+    """The 95 % interval of the mean of (n,) item scores; `groups`: of each item, what is resampled whole."""
+    if groups:
+        counts = np.stack([_by_group(values, groups), _by_group(np.ones(len(values)), groups)], axis=1)
+        ((low, high),) = corpus_interval(counts, lambda sums: sums[:, :1] / sums[:, 1:], resamples, seed)
+        return float(low), float(high)
     low, high = np.percentile(_means(values[None], resamples, seed)[:, 0], _tails())
     return float(low), float(high)
+
+
+def _by_group(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """(n,) -> (groups,) sums, in the order in which the groups come."""
+    place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return np.bincount([place[group] for group in groups], weights=values, minlength=len(place))
 
 
 def _means(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -68,8 +81,8 @@ class Comparison:
 
     Attributes:
         difference: of the means.
-        interval: its 95 % interval, by resampling items.
-        p_value: share of sign flips of the item differences at least as far from 0 (two-sided).
+        interval: its 95 % interval, by resampling items, or the groups of them.
+        p_value: share of sign flips of what is resampled at least as far from 0 (two-sided).
         better: places of the items that B scores higher, `worse` lower; none of corpus scores.
     """
 
@@ -80,19 +93,22 @@ class Comparison:
     worse: tuple[int, ...] = ()
 
 
-def compare(first: Sequence[float], second: Sequence[float], seed: int = SEED) -> Comparison:
-    """Paired comparison of two runs' item scores, in the same order."""
+def compare(
+    first: Sequence[float], second: Sequence[float], seed: int = SEED, groups: Sequence[str] = ()
+) -> Comparison:
+    """Paired comparison of two runs' item scores, in the same order; `groups` as for `interval`."""
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     observed = abs(float(differences.mean()))
+    flipped = _by_group(differences, groups) if groups else differences
     chance = np.random.default_rng(seed)
     extreme = 0
     for start in range(0, RESAMPLES, _BLOCK):
         size = min(_BLOCK, RESAMPLES - start)
-        signs = chance.choice((-1.0, 1.0), (size, len(differences)))
-        extreme += int((np.abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum())
+        signs = chance.choice((-1.0, 1.0), (size, len(flipped)))
+        extreme += int((np.abs((signs * flipped).sum(axis=1)) / len(differences) >= observed - 1e-12).sum())
     return Comparison(
         float(differences.mean()),
-        interval(differences, seed=seed),
+        interval(differences, seed=seed, groups=groups),
         (extreme + 1) / (RESAMPLES + 1),
         tuple(np.flatnonzero(differences > 0).tolist()),
         tuple(np.flatnonzero(differences < 0).tolist()),

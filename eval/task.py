@@ -34,6 +34,7 @@ class Scores:
         per_item: (n,) scores of single items, NaN where an item does not count; for comparing runs.
         breakdown: subset -> {"n": items, metric: score}.
         skipped: metric -> why it is not here.
+        groups: of each item, the group that is resampled whole; none where the items themselves are.
         reason: why there are no scores at all; None where there are.
     """
 
@@ -42,6 +43,7 @@ class Scores:
     per_item: dict[str, np.ndarray]
     breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
     reason: str | None = None
 
     @property

@@ -19,5 +19,9 @@ class DataError(VLMError):
     """A data set file that is missing, malformed or inconsistent."""
 
 
+class NoPartError(DataError):
+    """A part that a source does not have: nothing is wrong, there is only nothing to read."""
+
+
 class WeightsError(VLMError):
     """Frozen weights or an adapter that are missing, damaged or not the ones asked for."""

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import os
 import sys
+from typing import Any
 
 from vlm.errors import ConfigError
 
@@ -28,8 +29,18 @@ def offline_from_environment() -> bool:
 def add_offline(parser: argparse.ArgumentParser) -> None:
     """Add --offline, for commands that load no model; the other shared options they take and do not need."""
     _offline(parser)
-    for name in ("--device", "--dtype", "--threads"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    add_idle(parser, "--device", "--dtype", "--threads")
+
+
+def add_idle(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add shared options that a command has no use for, so that every command may be given the same ones."""
+    kinds: dict[str, dict[str, Any]] = {
+        "--offline": {"action": "store_true"},
+        "--dtype": {"choices": DTYPES},
+        "--threads": {"type": positive},
+    }
+    for name in names:
+        parser.add_argument(name, help=argparse.SUPPRESS, **kinds.get(name, {}))
 
 
 def _offline(parser: argparse._ActionsContainer) -> None:
@@ -56,7 +67,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="number format (default: float32)")
     group.add_argument(
-        "--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one per core)"
+        "--threads", type=positive, default=None, metavar="N", help="CPU threads (default: one per core)"
     )
 
 
@@ -89,6 +100,13 @@ def keep_memory() -> None:
             mallopt(parameter, size)
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def common_words(args: argparse.Namespace) -> list[str]:
     """The command-line words that give another `vlm` process the same shared options."""
     words = ["--device", args.device, "--dtype", args.dtype] + ["--offline"] * args.offline
@@ -108,13 +126,3 @@ def _device(name: str) -> str:
         reason = str(error).strip().split("\n")[0].split(". ")[0].split(" device type at")[0][:120]
         raise ConfigError(f"--device {name} does not work here ({reason}); try --device cpu.") from error
     return name
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value

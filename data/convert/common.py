@@ -97,11 +97,11 @@ def parse_json_lines(text: str, path: Path, *, words: bool = False) -> list[Any]
     return [parse_json(line, f"{path}, line {n}", words=words) for n, line in lines if line.strip()]
 
 
-def first_existing(root: Path, names: Iterable[str], what: str) -> Path:
+def first_existing(root: Path, names: Iterable[str], what: str, error: type[DataError] = DataError) -> Path:
     """The first of `names` that exists under `root`.
 
     Raises:
-        DataError: none does; the message lists what was looked for.
+        DataError: none does; the message lists what was looked for. It is an `error`.
     """
     if root.is_file():
         raise DataError(f"{root} is a file; the folder that it lies in is needed, for all files of the set")
@@ -109,7 +109,7 @@ def first_existing(root: Path, names: Iterable[str], what: str) -> Path:
     for name in tried:
         if (root / name).exists():
             return root / name
-    raise DataError(f"{root} holds no {what}; looked for {', '.join(tried)}")
+    raise error(f"{root} holds no {what}; looked for {', '.join(tried)}")
 
 
 def picture_files(folder: Path) -> dict[str, Path]:

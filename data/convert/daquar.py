@@ -21,7 +21,7 @@ from pathlib import Path
 from vlm.data.convert.common import first_existing, make_example, picture_files, read_text
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, is_held_out
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 DEV_FRACTION = 0.1
 QA_FILES = ("qa.894.raw.{part}.txt", "qa.37.raw.{part}.txt")
@@ -96,13 +96,10 @@ def read_pairs(path: Path) -> list[tuple[str, str, list[str]]]:
     Raises:
         DataError: an odd number of lines, a question without picture, an empty answer; the line is named.
     """
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if len(lines) % 2:
-        raise DataError(
-            f"{path}: {len(lines)} lines; a question line and an answer line in turn are expected"
-        )
+    # Blank lines at the end say nothing; elsewhere to leave one out would pair answers with other questions.
+    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
     pairs = []
-    for index in range(0, len(lines), 2):
+    for index in range(0, len(lines) - 1, 2):
         try:
             question, image = clean_question(lines[index])
         except ValueError as error:
@@ -111,6 +108,10 @@ def read_pairs(path: Path) -> list[tuple[str, str, list[str]]]:
         if not answers:
             raise DataError(f"{path}, line {index + 2}: empty answer")
         pairs.append((image, question, answers))
+    if len(lines) % 2:
+        raise DataError(
+            f"{path}: {len(lines)} lines; a question line and an answer line in turn are expected"
+        )
     return pairs
 
 
@@ -122,11 +123,12 @@ def read(root: Path, split: str, pictures: bool = True) -> list[Example]:
     is looked for, and a picture's name stands for it.
 
     Raises:
-        DataError: a file or picture is missing, or the question file is malformed.
+        NoPartError: the question file is missing.
+        DataError: a picture is missing, or the question file is malformed.
     """
     split = canonical_split(split)
     part = "test" if split == "test" else "train"
-    pairs = read_pairs(first_existing(root, question_files(part), f"{part} questions"))
+    pairs = read_pairs(first_existing(root, question_files(part), f"{part} questions", NoPartError))
     keep = {name for name, _, _ in pairs}
     if split in ("dev", "train-rest"):
         held = held_out_images(keep)

@@ -17,7 +17,7 @@ from pathlib import Path
 from vlm.data.convert.common import make_example, parse_json, picture_files, read_text
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, is_held_out
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 DEV_FRACTION = 0.1
 
@@ -62,12 +62,15 @@ def read(root: Path | None, split: str, pictures: bool = True) -> list[Example]:
     Without `pictures` none is looked for, and a picture's number stands for it.
 
     Raises:
-        DataError: a file or picture is missing, or a row is not [question, answer, number].
+        NoPartError: the questions of the split are missing.
+        DataError: a picture is missing, or a row is not [question, answer, number].
     """
     split = canonical_split(split)
     root = root or package_root()
     part = "test" if split == "test" else "train"
     path = root / part / "questions.json"
+    if not path.exists():
+        raise NoPartError(f"{path} is missing")
     rows = parse_json(read_text(path), path)
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of [question, answer, picture number] is expected")

@@ -19,7 +19,7 @@ from vlm.config import CAPTION_PROMPT
 from vlm.data.convert.common import first_existing, make_example, read_text
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split
-from vlm.errors import DataError
+from vlm.errors import DataError, NoPartError
 
 CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.csv")
 IMAGE_FOLDERS = (
@@ -67,9 +67,13 @@ def read_captions(path: Path) -> dict[str, list[str]]:
 
 
 def split_names(root: Path, split: str) -> list[str]:
-    """The official list of a split, in its own order."""
+    """The official list of a split, in its own order.
+
+    Raises:
+        NoPartError: there is none.
+    """
     name = f"Flickr_8k.{split}Images.txt"
-    path = first_existing(root, [name, f"Flickr8k_text/{name}"], f"list of the {split} split")
+    path = first_existing(root, [name, f"Flickr8k_text/{name}"], f"list of the {split} split", NoPartError)
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
@@ -80,7 +84,8 @@ def read(root: Path, split: str, pictures: bool = True) -> list[Example]:
     are read, and a photograph's name stands for it.
 
     Raises:
-        DataError: a file is missing, or a listed photograph has no captions or is not in the folder.
+        NoPartError: the split's list is missing.
+        DataError: another file is missing, or a listed photograph has no captions or is not in the folder.
     """
     split = canonical_split(split)
     captions = read_captions(first_existing(root, CAPTION_FILES, "caption file"))

@@ -1,6 +1,6 @@
 """Write examples as an image folder that describes itself, readable by `datasets` and by `vlm`.
 
-DST/dataset.json                name, source, terms, parts and their sizes
+DST/dataset.json                name, source, terms, parts and their sizes; while it is written: unfinished
 DST/README.md                   the same for people, with the hub's YAML header
 DST/train/metadata.jsonl        file_name and text, or question and answers; id; what else is known
 DST/train/000001.jpg ...        hard links to the originals where the file system allows, else copies
@@ -8,11 +8,12 @@ DST/train/000001.jpg ...        hard links to the originals where the file syste
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,28 @@ def _suffix_of(content: bytes) -> str:
 
 
 def _put(source: Path | bytes, target: Path) -> None:
-    if target.exists():
+    """Puts a picture there whole or not at all; what a run that was broken off has left is replaced."""
+    if target.exists() and _same(source, target):
         return
+    beside = target.with_name(f".{target.name}.part")
+    beside.unlink(missing_ok=True)  # it may be another link to an original, which must not be written to
+    try:
+        if isinstance(source, bytes):
+            beside.write_bytes(source)
+        else:
+            _link_or_copy(source, beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _same(source: Path | bytes, target: Path) -> bool:
     if isinstance(source, bytes):
-        target.write_bytes(source)
-        return
+        return target.stat().st_size == len(source) and target.read_bytes() == source
+    return os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
@@ -133,24 +151,46 @@ def _readme(about: Mapping[str, str], parts: Mapping[str, Mapping[str, int]]) ->
     )
 
 
+def _require_own(folder: Path, parts: Sequence[str]) -> None:
+    """Raises:
+    DataError: what a folder holds would not be what is written there, or would be read along with it.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "dataset.json").is_file():
+        raise DataError(f"{folder} is not empty and holds no converted data set; name a new folder")
+    left = [name for name in FOLDERS.values() if name not in parts and (folder / name).exists()]
+    if left:
+        raise DataError(
+            f"{folder} holds {', '.join(left)} of an earlier conversion, but now there is no such part; "
+            "remove that, or name a new folder"
+        )
+
+
+def _describe(folder: Path, about: Mapping[str, Any]) -> None:
+    part = folder / "dataset.json.part"
+    part.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / "dataset.json")
+
+
 def write_dataset(
-    parts: Iterable[tuple[str, Sequence[Example]]], folder: Path, about: Mapping[str, str], *, note: str = ""
+    parts: Mapping[str, Sequence[Example]], folder: Path, about: Mapping[str, str], *, note: str = ""
 ) -> dict[str, dict[str, int]]:
     """Write all parts (`train`, `dev`, `test`) of a set; returns part -> pictures and examples.
 
     Raises:
-        DataError: the folder holds something else, or a part cannot be written.
+        DataError: the folder holds something else or a part that is not among these, or a part cannot be
+            written.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "dataset.json").is_file():
-        raise DataError(f"{folder} is not empty and holds no converted data set; name a new folder")
+    _require_own(folder, [FOLDERS[name] for name in parts])
     sizes: dict[str, dict[str, int]] = {}
     folder.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, **about, **({"note": note} if note else {})}
-    for name, examples in parts:
+    # First, so that a run that is broken off can be repeated over what it left, which is not read until then.
+    _describe(folder, {**description, "unfinished": True})
+    for name, examples in parts.items():
         pictures = write_part(examples, folder / FOLDERS[name])
         sizes[name] = {"pictures": pictures, "examples": len(examples)}
-        # Written after every part, so that a run that is broken off can be repeated over what it left.
-        text = json.dumps({**description, "parts": sizes}, indent=1, ensure_ascii=False) + "\n"
-        (folder / "dataset.json").write_text(text, encoding="utf-8")
+    _describe(folder, {**description, "parts": sizes})
     (folder / "README.md").write_text(_readme(about, sizes), encoding="utf-8")
     return sizes

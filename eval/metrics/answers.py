@@ -11,7 +11,11 @@ from vlm.eval.metrics.vqa import normalise
 
 ANLS_THRESHOLD = 0.5
 POPE = ("accuracy", "precision", "recall", "f1", "yes_rate", "unparsed")
-_LETTER = re.compile(r"^\W*(?:(?:answer|option)\b\W*(?:is\b\W*)?)?([a-z])(?:[).:]|\W*$)", re.IGNORECASE)
+_LETTER = re.compile(
+    r"^\W*(?:(?:the\b\W*)?(?:(?:correct|right)\b\W*)?(?:answer|option)\b\W*(?:is\b\W*(?:option\b\W*)?)?)?"
+    r"([a-z])(?:[).:]|\W*$)",
+    re.IGNORECASE,
+)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:

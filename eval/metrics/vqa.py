@@ -1,15 +1,21 @@
-"""VQA accuracy as the official `vqaEval.py` of the VQA challenge computes it, quirk by quirk.
+"""VQA accuracy as the benchmarks' own code computes it, quirk by quirk: three rules, one for each lineage.
 
-`strict` is the official score: where all references are the same string nothing is normalised, the full
-stop's pattern is `(?!<=\\d)(\\.)(?!\\d)` (a lookahead where a lookbehind was meant, so it always holds), and
-at most 32 full stops go (a flag is passed as the count). `normalised` differs in one point: references and
-answer are always normalised. Other references are counted by position, as answers carry their own ids.
+`vqa_accuracy` is `vqaEval.py` of the VQA challenge (VQA v2, OK-VQA): where all references are the same string
+nothing is normalised, the full stop's pattern is `(?!<=\\d)(\\.)(?!\\d)` (a lookahead where a lookbehind was
+meant, so it always holds), and at most 32 full stops go (a flag is passed as the count). With `strict=False`
+it differs in one point: references and answer are always normalised.
+
+`vizwiz_accuracy` is VizWiz's `vqaEval.py`: the answer is always normalised, references never, and they are
+compared as they stand. `evalai_accuracy` is that of TextVQA's papers since M4C: EvalAI's answer processor,
+which takes out commas, question marks and 's before the same normalisation, on both sides.
+
+All of them count other references by position, and share `agreement`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 ENOUGH = 4  # references from which leave-one-out agreement means something
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
@@ -46,11 +52,31 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS = _contractions()
+_STRAIGHT = ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
+
+
+def _curly(table: Mapping[str, str]) -> dict[str, str]:
+    """The table as VizWiz's file has it: with typographic apostrophes almost everywhere."""
+    kept = ("couldn'tve", "hadn'tve")
+    return {
+        word if word in kept else word.replace("'", "\u2019"): (
+            right if word in _STRAIGHT else right.replace("'", "\u2019")
+        )
+        for word, right in table.items()
+    }
+
+
+_VIZWIZ = _curly(CONTRACTIONS)
 
 
 def normalise(answer: str) -> str:
     """The answer without punctuation, articles and case, numbers as digits, contractions with apostrophes."""
     return _words(punctuation(_one_line(answer)))
+
+
+def evalai(answer: str) -> str:
+    """EvalAI's answer processor: commas and question marks go and 's stands apart, then `normalise`."""
+    return normalise(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 def _one_line(answer: str) -> str:
@@ -67,24 +93,51 @@ def punctuation(answer: str) -> str:
     return _PERIOD.sub("", text, count=_PERIODS_REMOVED)
 
 
-def _words(answer: str) -> str:
+def _words(answer: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     words = (_NUMBERS.get(word, word) for word in answer.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_accuracy(answer: str, references: Sequence[str], *, strict: bool = True) -> float:
+def agreement(same: Sequence[bool]) -> float:
     """Agreement with the annotators: the mean, over leaving one out, of min(1, matches among the rest / 3).
 
     With fewer than four references it is 1 where the answer equals any of them, else 0.
 
+    Args:
+        same: of each reference, whether the answer equals it.
+
     Returns:
         0 to 1.
     """
-    answer, given = _one_line(answer), [_one_line(reference) for reference in references]
-    if not strict or len(set(given)) > 1:
-        answer, given = _words(punctuation(answer)), [_words(punctuation(text)) for text in given]
-    same = [reference.lower() == answer.lower() for reference in given]
     if len(same) < ENOUGH:
         return float(any(same))
     total = sum(same)
     return sum(min(1.0, (total - hit) / 3) for hit in same) / len(same)
+
+
+def vqa_accuracy(answer: str, references: Sequence[str], *, strict: bool = True) -> float:
+    """The VQA challenge's rule, 0 to 1; `strict=False`: normalised where all references agree, too."""
+    answer, given = _one_line(answer), [_one_line(reference) for reference in references]
+    if not strict or len(set(given)) > 1:
+        answer, given = _words(punctuation(answer)), [_words(punctuation(text)) for text in given]
+    return agreement([reference.lower() == answer.lower() for reference in given])
+
+
+def vizwiz_accuracy(answer: str, references: Sequence[str]) -> float:
+    """VizWiz's rule, 0 to 1."""
+    said = _words(punctuation(_one_line(answer)), _VIZWIZ)
+    return agreement([reference == said for reference in references])
+
+
+def evalai_accuracy(answer: str, references: Sequence[str]) -> float:
+    """TextVQA's rule, 0 to 1."""
+    said = evalai(answer)
+    return agreement([evalai(reference) == said for reference in references])
+
+
+_RULES = {"vizwiz": vizwiz_accuracy, "textvqa": evalai_accuracy}
+
+
+def official(task: str) -> Callable[[str, Sequence[str]], float]:
+    """The rule of a benchmark's own code: of those that have none here, the VQA challenge's."""
+    return _RULES.get(task, vqa_accuracy)

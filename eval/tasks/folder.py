@@ -22,7 +22,7 @@ from vlm.data.rows import as_text
 from vlm.data.streams import SPLIT_NAMES
 from vlm.data.tables import metadata_file, whole_csv
 from vlm.errors import DataError
-from vlm.eval.scorers import caption_scores, exact, item_scores, normalised, strict
+from vlm.eval.scorers import caption_scores, exact, item_scores, vqa_metrics
 from vlm.eval.task import Task, question
 
 
@@ -145,9 +145,7 @@ TASKS = (
         about="your own questions: metadata.csv or .jsonl beside the pictures",
         read=read_questions,
         main="exact_match",
-        score=item_scores(
-            {"exact_match": exact, "accuracy_strict": strict, "accuracy_normalised": normalised}
-        ),
+        score=item_scores({"exact_match": exact, **vqa_metrics("folder-vqa")}),
         split="test",
         splits=("train", "dev", "test", "all"),
         generation={"max_new_tokens": 24},

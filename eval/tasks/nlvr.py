@@ -1,7 +1,8 @@
 """NLVR: is a sentence true of a picture of shapes? (Suhr et al. 2017), from its PNGs.
 
 Every structure is drawn six times, its boxes in another order each time: each drawing is an example, as the
-official script (metrics_images.py) counts them. What it calls precision is `accuracy`.
+official script (metrics_images.py) counts them. What it calls precision is `accuracy`. Drawings about one
+sentence are no independent draws: intervals resample sentences.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _right(answer: str, example: Example) -> float:
 
 def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
     """Accuracy over drawings, then consistency: the share of sentences with every drawing right."""
-    found = item_scores({"accuracy": _right})(examples, answers)
+    found = item_scores({"accuracy": _right}, group="sentence")(examples, answers)
     whole: dict[str, float] = {}
     for example, value in zip(examples, found.per_item["accuracy"], strict=True):
         sentence = str(example.meta["sentence"])

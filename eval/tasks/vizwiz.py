@@ -1,4 +1,7 @@
-"""VizWiz-VQA: questions by blind people about their own photographs (Gurari et al. 2018)."""
+"""VizWiz-VQA: questions by blind people about their own photographs (Gurari et al. 2018).
+
+`accuracy_strict` is by VizWiz's own code: the answer is always normalised, the references never.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ TASKS = (
         about="questions by blind people about their photographs, 10 answers",
         read=read,
         main="accuracy_strict",
-        score=vqa_scores,
+        score=vqa_scores("vizwiz"),
         split="dev",
         splits=("train", "dev", "test"),
         hidden=HIDDEN,

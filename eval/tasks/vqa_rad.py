@@ -12,20 +12,23 @@ from vlm.eval.task import Published, Task
 from vlm.eval.tasks import hub
 from vlm.eval.tasks.layouts import Entry, Pictures, known, load, rows_of, text_of
 
-FILES = ("VQA_RAD Dataset Public.json", "VQA_RAD_Dataset_Public.json", "trainset.json", "dataset.json")
+FILES = ("VQA_RAD Dataset Public.json", "VQA_RAD_Dataset_Public.json", "dataset.json")
+TEST_FILE, TRAIN_FILE = "testset.json", "trainset.json"  # as MEVF and later papers divide the public file
 FOLDERS = ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "images", "")
 
 
 def read(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """The public file, whose test questions are those whose phrase type begins with "test"; or
-    flaviagiammarino/vqa-rad."""
+    """The public file, whose test questions are those whose phrase type begins with "test"; or trainset.json
+    and testset.json; or flaviagiammarino/vqa-rad."""
     if hub.holds(root):
         return [_from_hub(entry) for entry in hub.entries(root, split, pictures)]
-    path, found = load(root, FILES, "VQA-RAD file")
+    own = (TEST_FILE, TRAIN_FILE) if split == "test" else (TRAIN_FILE,)  # that may be the whole file, too
+    path, found = load(root, [*FILES, *own], "VQA-RAD file")
     find = Pictures(root, FOLDERS, pictures)
     examples = []
     for row in rows_of(found, path):
-        if text_of(row, "phrase_type", path).startswith("test") != (split == "test"):
+        tests = path.name == TEST_FILE or text_of(row, "phrase_type", path).startswith("test")
+        if tests != (split == "test"):
             continue
         examples.append(_example(Entry(path, row, find(text_of(row, "image_name", path)))))
     return examples

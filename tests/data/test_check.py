@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,38 @@ def test_a_sound_folder_is_fine(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "all: 10 examples, 10 pictures, 0 unusable rows" in out and out.count("sample ") == 3
     assert "assistant: \u27e6picture number 0\u27e7" in out
     assert "10, 3.0 words on average" in out and "vocabulary 12 words, 10 of them once" in out
+
+
+def test_a_part_that_cannot_be_read_is_not_passed_over(
+    flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vlm(["data", "check", str(flickr), "--samples", "0"]) == 0
+    parts = capsys.readouterr().out
+    assert "train: 2 examples" in parts and "test" not in parts, "a part that is not there is no problem"
+    (flickr / "Images" / "a.jpg").unlink()
+    assert vlm(["data", "check", str(flickr), "--samples", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "train: cannot be read: 1 photographs of train are not in" in out
+    assert "dev: 1 examples" in out and out.endswith("not fine\n")
+    assert vlm(["data", "check", str(flickr), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [part["part"] for part in report["parts"]] == ["train", "dev"]
+    assert "a.jpg" in report["parts"][0]["problem"] and report["parts"][1]["problem"] is None
+
+
+def test_a_part_of_a_folder_whose_table_is_no_text_is_not_passed_over(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = folder.parent / "both"
+    both.mkdir()
+    shutil.copytree(folder, both / "train")
+    folder.rename(both / "validation")
+    assert vlm(["data", "check", str(both), "--samples", "0"]) == 1, "the same pictures are in both"
+    assert "cannot be read" not in capsys.readouterr().out
+    (both / "train" / "metadata.jsonl").write_bytes(b'{"file_name": "000.png", "text": "caf\xe9"}\n')
+    assert vlm(["data", "check", str(both), "--samples", "0"]) == 1
+    assert "train: cannot be read:" in (out := capsys.readouterr().out)
+    assert "is not UTF-8 text" in out and "dev: 10 examples" in out
 
 
 def test_every_picture_is_decoded_and_causes_are_named(
@@ -118,6 +151,38 @@ def test_convert_and_questions_from_the_command_line(
     assert vlm(["data", "convert", "nothing", str(flickr), str(out)]) == 1
     assert "error: unknown data set 'nothing'" in capsys.readouterr().err
     assert vlm(["data", "check", str(tmp_path / "absent")]) == 1
+
+
+@pytest.mark.parametrize("damaged", ["train", "dev"])
+def test_a_part_that_cannot_be_read_is_not_left_out_of_what_is_written(
+    damaged: str, flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out, asked = tmp_path / "whole", tmp_path / "out", tmp_path / "asked"
+    assert vlm(["data", "convert", "flickr8k", str(flickr), str(whole)]) == 0
+    (flickr / "Images" / ("a.jpg" if damaged == "train" else "c.jpg")).unlink()
+    assert vlm(["data", "convert", "flickr8k", str(flickr), str(out)]) == 1
+    assert f"error: the {damaged} part cannot be read, so nothing is written" in capsys.readouterr().err
+    part = whole / ("train" if damaged == "train" else "validation") / "metadata.jsonl"
+    part.write_bytes(part.read_bytes() + b"\xff\n")
+    assert vlm(["data", "questions", str(whole), str(asked)]) == 1
+    assert "is not UTF-8 text" in capsys.readouterr().err
+    assert not out.exists() and not asked.exists()
+
+
+def test_a_part_of_an_earlier_conversion_is_not_left_beside_the_new_ones(
+    flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "convert", "flickr8k", str(flickr), str(tmp_path / "out")]
+    assert vlm(words) == 0 and vlm(words) == 0
+    described = (tmp_path / "out" / "dataset.json").read_bytes()
+    (flickr / "Flickr_8k.devImages.txt").unlink()
+    assert vlm(words) == 1
+    assert "out holds validation of an earlier conversion" in capsys.readouterr().err
+    assert (tmp_path / "out" / "dataset.json").read_bytes() == described
+    assert [e.id for e in read_dataset(tmp_path / "out", split="dev")] == ["flickr8k/c.jpg"]
+    shutil.rmtree(tmp_path / "out" / "validation")
+    assert vlm(words) == 0
+    assert "validation" not in (tmp_path / "out" / "dataset.json").read_text()
 
 
 def test_a_converted_set_without_a_dev_part_of_its_own(tmp_path: Path) -> None:

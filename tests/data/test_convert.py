@@ -7,11 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vlm.config import CAPTION_PROMPT
 from vlm.data.convert import daquar, flickr8k
+from vlm.data.convert.common import make_example
 from vlm.data.convert.write import write_dataset
 from vlm.data.sources import read_dataset
 from vlm.data.text import normalise_caption
@@ -86,6 +88,32 @@ def test_daquar_answers(tmp_path: Path, save: Callable[..., Path]) -> None:
     (tmp_path / "qa.37.raw.train.txt").write_text("what is here ?\nbook\n")
     with pytest.raises(DataError, match="line 1: no picture is named"):
         daquar.read(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["what is in the image3 ?", "", "what is red in the image3 ?", "cup"], "line 2: empty answer"),
+        (
+            ["what is in the image3 ?", "cup", "", "what is red in the image3 ?"],
+            "line 3: no picture is named",
+        ),
+        (
+            ["what is in the image3 ?", "cup", "", "what is red in the image3 ?", "lamp"],
+            "line 3: no picture is named",
+        ),
+        (["what is in the image3 ?", "", "what is red in the image3 ?", ""], "line 2: empty answer"),
+        (["what is in the image3 ?", "cup", "what is red in the image3 ?", " , "], "line 4: empty answer"),
+        (["what is in the image3 ?", "cup", "what is red in the image3 ?"], "3 lines"),
+    ],
+)
+def test_daquars_blank_lines_do_not_change_the_pairs(lines: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "qa.894.raw.train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=message):
+        daquar.read_pairs(path)
+    path.write_text("what is in the image3 ?\r\ncup\r\n\r\n \r\n")
+    assert daquar.read_pairs(path) == [("image3", "what is?", ["cup"])]
 
 
 def test_the_installed_package_stands_in_only_where_no_folder_is_named(tmp_path: Path) -> None:
@@ -176,7 +204,7 @@ def test_the_real_sets_have_their_published_sizes(datasets_dir: Path) -> None:
 def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> None:
     parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
     about = {"name": "flickr8k", "title": "Flickr8k", "source": "somewhere", "terms": "some"}
-    sizes = write_dataset(parts.items(), tmp_path / "out", about)
+    sizes = write_dataset(parts, tmp_path / "out", about)
     assert sizes == {"train": {"pictures": 2, "examples": 2}, "dev": {"pictures": 1, "examples": 1}}
     for split, examples in parts.items():
         back = read_dataset(tmp_path / "out", split=split)
@@ -194,17 +222,58 @@ def test_what_is_converted_reads_back_the_same(flickr: Path, tmp_path: Path) -> 
     assert os.stat(image).st_nlink == 2, "pictures are linked, not copied, on one file system"
     described = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert described["parts"] == sizes
-    write_dataset(parts.items(), tmp_path / "out", about)  # again over its own output
+    write_dataset(parts, tmp_path / "out", about)  # again over its own output
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(DataError, match="not empty"):
-        write_dataset(parts.items(), tmp_path / "other", about)
+        write_dataset(parts, tmp_path / "other", about)
+
+
+def test_a_conversion_that_was_broken_off_is_not_read_and_can_be_repeated(
+    flickr: Path, tmp_path: Path, save: Callable[..., Path]
+) -> None:
+    parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
+    about = {"name": "flickr8k", "title": "Flickr8k", "source": "somewhere", "terms": "some"}
+    out, original = tmp_path / "out", flickr / "Images" / "c.jpg"
+    hidden = original.rename(tmp_path / "hidden.jpg")
+    with pytest.raises(DataError, match=r"c\.jpg cannot be written"):
+        write_dataset(parts, out, about)
+    for split in ("train", "dev"):
+        with pytest.raises(DataError, match="was not written to its end"):
+            read_dataset(out, split=split)
+    hidden.rename(original)
+    whole = {path.name: path.read_bytes() for path in (flickr / "Images").iterdir()}
+    for path in (out / "train" / "a.jpg", out / "validation" / "c.jpg"):  # as a kill leaves them
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole[path.name][:100])
+    os.link(flickr / "Images" / "b.jpg", out / "validation" / ".c.jpg.part")
+    (out / "train" / "b.jpg").unlink()
+    os.link(save(tmp_path / "other.png", 9), out / "train" / "b.jpg")  # another set's picture of that name
+    write_dataset(parts, out, about)
+    for split in ("train", "dev"):
+        for example in read_dataset(out, split=split):
+            path = Path(str(example.images[0]))
+            assert path.read_bytes() == whole[path.name]
+    assert {path.name: path.read_bytes() for path in (flickr / "Images").iterdir()} == whole
+    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+    assert "unfinished" not in json.loads((out / "dataset.json").read_text())
+
+
+def test_pictures_that_are_bytes_replace_what_is_half_there(tmp_path: Path, flickr: Path) -> None:
+    content = (flickr / "Images" / "a.jpg").read_bytes()
+    examples = [make_example(content, "what?", ["a dog"], "1")]
+    about = {"name": "x", "title": "x", "source": "x", "terms": "x"}
+    write_dataset({"train": examples}, tmp_path / "out", about)
+    (path,) = (tmp_path / "out" / "train").glob("*.jpg")
+    path.write_bytes(content[:50])
+    write_dataset({"train": examples}, tmp_path / "out", about)
+    assert path.read_bytes() == content
 
 
 def test_converted_folders_load_with_datasets(flickr: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = {split: flickr8k.read(flickr, split) for split in ("train", "dev")}
-    write_dataset(parts.items(), tmp_path / "out", {"name": "x", "title": "x", "source": "x", "terms": "x"})
+    write_dataset(parts, tmp_path / "out", {"name": "x", "title": "x", "source": "x", "terms": "x"})
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in loaded.items()} == {"train": 2, "validation": 1}
     assert loaded["validation"][0]["text"] == list(parts["dev"][0].answers)
@@ -222,3 +291,16 @@ def test_converted_folders_load_with_datasets(flickr: Path, tmp_path: Path) -> N
 )
 def test_captions_are_normalised(caption: str, expected: str) -> None:
     assert normalise_caption(caption) == expected
+
+
+def test_captions_that_make_no_question_make_no_data_set(
+    tmp_path: Path, draw: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm.cli import main
+
+    (tmp_path / "own").mkdir()
+    draw(1).save(tmp_path / "own" / "1.png")
+    (tmp_path / "own" / "metadata.csv").write_text("file_name,text\n1.png,A wall.\n")
+    assert main(["data", "questions", str(tmp_path / "own"), str(tmp_path / "made")]) == 1
+    assert "no question can be made" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm.data.convert.common import make_example
+from vlm.eval import tasks
 from vlm.eval.metrics.answers import (
     anls,
     direct_answer,
@@ -19,7 +21,13 @@ from vlm.eval.metrics.answers import (
     read_choice,
     says_yes_or_no,
 )
-from vlm.eval.metrics.vqa import CONTRACTIONS, normalise, vqa_accuracy
+from vlm.eval.metrics.vqa import (
+    CONTRACTIONS,
+    evalai_accuracy,
+    normalise,
+    vizwiz_accuracy,
+    vqa_accuracy,
+)
 
 TEN_BLUE = ["blue"] * 10
 
@@ -130,6 +138,53 @@ def official_accuracy(answer: str, references: list[str]) -> float:
         hits = [item for item in others if str(item["answer"]).lower() == said.lower()]
         scores.append(min(1.0, len(hits) / 3))
     return sum(scores) / len(scores)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "score"),
+    [
+        ("Unanswerable.", ["unanswerable"] * 10, 1.0),  # the answer is always normalised ...
+        ("the can", ["can"] * 10, 1.0),
+        ("two", ["two"] * 10, 0.0),  # ... the references never
+        ("2", ["two"] * 6 + ["2"] * 4, 1.0),
+        ("t-shirt", ["t-shirt"] * 7 + ["shirt"] * 3, 0.0),
+        ("7:00 pm", ["7:00 pm"] * 2 + ["7 pm"] * 8, 0.6),
+        ("Dell", ["Dell"] * 10, 0.0),  # compared as they stand, case and all
+        ("dont know", ["dont know"] * 10, 0.0),  # becomes don\u2019t, with a typographic apostrophe
+        ("dont know", ["don't know"] * 10, 0.0),
+        ("cant tell", ["can't tell"] * 10, 1.0),  # but for eight words
+        ("a\tred\ncar", ["red car"] * 10, 1.0),
+    ],
+)
+def test_vizwiz_accuracy(answer: str, references: list[str], score: float) -> None:
+    assert vizwiz_accuracy(answer, references) == pytest.approx(score, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "score"),
+    [
+        ("two", ["2"] * 10, 1.0),  # both sides are processed, whether the references agree or not
+        ("coca-cola", ["coca cola"] * 10, 1.0),
+        ("10,000", ["10000"] * 6 + ["ten"] * 4, 1.0),
+        ("joe 's", ["joe's"] * 10, 1.0),
+        ("1,000-2", ["1000 2"] * 10, 1.0),  # the comma is gone before it can drop the other marks
+        ("Yes?", ["yes"] * 3 + ["no"] * 7, 0.9),
+        ("bowmore", ["Bowmore "] * 10, 1.0),
+    ],
+)
+def test_evalai_accuracy(answer: str, references: list[str], score: float) -> None:
+    assert evalai_accuracy(answer, references) == pytest.approx(score, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("task", "official"), [("vqav2", 100.0), ("okvqa", 100.0), ("vizwiz", 0.0), ("textvqa", 100.0)]
+)
+def test_the_main_score_of_a_task_is_by_its_own_rule(task: str, official: float) -> None:
+    example = make_example("x.jpg", "q?", ["coca-cola"] * 10, "1")
+    said = tasks.get(task).score([example], ["coca-cola"]).metrics
+    assert (said["accuracy_strict"], said["accuracy_normalised"]) == (official, 100.0)
+    said = tasks.get(task).score([example], ["Coca-Cola."]).metrics
+    assert said["accuracy_strict"] == (100.0 if task == "textvqa" else 0.0)
 
 
 def test_official_rules_on_generated_answers() -> None:
@@ -243,6 +298,14 @@ def test_pope_metrics() -> None:
         ("B", 1),
         ("(b)", 1),
         ("Answer: B.", 1),
+        ("The answer is B.", 1),
+        ("The answer is B", 1),
+        ("the correct answer is (B)", 1),
+        ("The correct answer is B: the blue bus", 1),
+        ("The right option is B. It is blue.", 1),
+        ("**The answer is option B**", 1),
+        ("The answer is a dog", None),
+        ("The answer is the blue bus.", 1),
         ("a red car", 0),
         ("I think it is the blue bus", 1),
         ("a red car or the blue bus", None),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import contamination, tasks
 from vlm.eval.audit import PROTOCOLS, audit
 from vlm.eval.main import main
+from vlm.eval.metrics.vqa import CONTRACTIONS, evalai
 from vlm.eval.predictions import AnswerFile, Prediction, export
 from vlm.eval.session import show
 from vlm.images import Picture
@@ -29,8 +32,8 @@ def vqa(answers: list[str], **meta: Any) -> Any:
     return make_example("x.jpg", "q?", answers, "1", meta)
 
 
-def scores(answer: str, example: Any) -> dict[str, float]:
-    found: dict[str, float] = audit([example], [answer])["scores"]
+def scores(answer: str, example: Any, task: str = "vqav2") -> dict[str, float]:
+    found: dict[str, float] = audit([example], [answer], task)["scores"]
     return {name: round(value, 6) for name, value in found.items()}
 
 
@@ -38,14 +41,68 @@ def test_agreeing_references_are_not_normalised_by_the_official_rule_alone() -> 
     found = scores("the red", vqa(["red"] * 10))
     assert found.pop("official") == 0.0
     assert set(found.values()) == {100.0}
+    found = scores("red", vqa(["The red"] * 10))
+    assert found.pop("official") == 0.0 and found.pop("lavis") == 0.0
+    assert set(found.values()) == {100.0}, "agreeing references are normalised by the others"
 
 
 def test_equal_annotations_without_ids_cancel() -> None:
     example = vqa(["dog"] * 10, confidences="|".join(["yes"] * 10))
     found = scores("dog", example)
     assert (found["official"], found["llava"]) == (100.0, 100.0)
-    assert (found["lmms-eval"], found["open_flamingo"], found["lavis"]) == (0.0, 0.0, 0.0)
-    assert scores("dog", vqa(["dog"] * 10))["lmms-eval"] == 100.0
+    assert (found["open_flamingo"], found["lavis"]) == (0.0, 0.0)
+    assert found["lmms-eval"] == 100.0, "it leaves one out by its place"
+    assert scores("dog", vqa(["dog"] * 10))["open_flamingo"] == 100.0
+
+
+def test_lmms_eval_takes_commas_out_everywhere_but_in_vqav2() -> None:
+    """Its okvqa, vizwiz_vqa and textvqa send both sides through EvalAI's processor, agreeing or not."""
+    for agreed in (["joe's diner"] * 10, ["joe's diner"] * 9 + ["x"]):
+        for task, expected in (("vqav2", 0.0), ("okvqa", 100.0), ("vizwiz", 100.0), ("textvqa", 100.0)):
+            assert scores("joe 's diner", vqa(agreed), task)["lmms-eval"] == expected
+    for task in ("vqav2", "okvqa", "vizwiz", "textvqa"):
+        assert scores("coca-cola", vqa(["coca-cola"] * 10), task)["lmms-eval"] == 100.0
+
+
+def test_evalai_processor_is_lmms_evals_own() -> None:
+    package = importlib.util.find_spec("lmms_eval")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("lmms-eval is not installed")
+    path = Path(package.submodule_search_locations[0]) / "tasks" / "_task_utils" / "vqa_eval_metric.py"
+    spec = importlib.util.spec_from_file_location("vqa_eval_metric", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    theirs, chance = module.EvalAIAnswerProcessor(), random.Random(7)
+    words = [
+        *CONTRACTIONS,
+        "The",
+        "two",
+        "none",
+        "Joe's",
+        "10,000",
+        "7:30",
+        "a.m.",
+        "t-shirt",
+        "yes?",
+        "x\ty",
+    ]
+    for _ in range(3000):
+        text = " ".join(chance.choices(words, k=chance.randint(0, 4))) + chance.choice(["", ".", " !", ",a"])
+        assert evalai(text) == theirs(text)
+
+
+def test_the_official_rule_is_the_tasks_own() -> None:
+    agreed, apart = vqa(["coca-cola"] * 10), vqa(["2 liters"] * 6 + ["two liters"] * 4)
+    found = {task: scores("coca-cola", agreed, task)["official"] for task in ("vqav2", "vizwiz", "textvqa")}
+    assert found == {"vqav2": 100.0, "vizwiz": 0.0, "textvqa": 100.0}
+    found = {task: scores("2 liters", apart, task)["official"] for task in ("vqav2", "vizwiz", "textvqa")}
+    assert found == {"vqav2": 100.0, "vizwiz": 100.0, "textvqa": 100.0}
+    found = {task: scores("two liters", apart, task)["official"] for task in ("vqav2", "vizwiz", "textvqa")}
+    assert found == {"vqav2": 100.0, "vizwiz": 100.0, "textvqa": 100.0}, "the answer becomes 2 liters"
+    whys = [audit([agreed], ["coca-cola"], task)["differing"][0]["why"] for task in ("vizwiz", "vqav2")]
+    assert "official: references stay as they are: 'coca-cola', not 'coca cola'" in whys[0]
+    assert whys[1] == ["lavis: the answer is normalised, references that agree are not"]
 
 
 def test_open_flamingo_cuts_at_the_first_comma() -> None:
@@ -69,7 +126,7 @@ def test_evalai_takes_the_possessive_apart() -> None:
 def test_every_differing_item_is_explained() -> None:
     task = tasks.get("vizwiz")
     examples = task.examples(FIXTURES / "vizwiz")
-    found = audit(examples, [e.answers[0] for e in examples])
+    found = audit(examples, [e.answers[0] for e in examples], "vizwiz")
     assert found["scores"]["official"] == 100.0
     assert found["scores"]["open_flamingo"] < 60.0
     assert len(found["differing"]) == 12
@@ -111,7 +168,7 @@ def test_a_run_is_audited_by_its_own_files(name: str, tmp_path: Path) -> None:
         assert main(["audit", *arguments, "--out", str(tmp_path / "audit.json")]) == 0
         found[label] = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert found["named"] == found["report"] == found["items"]
-    assert found["blank"]["scores"] == pytest.approx(audit(examples, ["red"] * 12)["scores"])
+    assert found["blank"]["scores"] == pytest.approx(audit(examples, ["red"] * 12, name)["scores"])
     assert found["blank"]["scores"] != found["named"]["scores"]
 
 

@@ -39,12 +39,21 @@ def score(text: str, name: str, tmp_path: Path, task: str = "vqav2", root: Path 
         ("headed.csv", "question_id,answer\n" + "".join(f"{id},yes\n" for id in IDS)),
         ("bare.csv", "".join(f"{id},yes\n" for id in IDS)),
         ("bare.csv", "".join(f'"{id}","yes"\n' for id in IDS)),
+        ("headed.tsv", "question_id\tanswer\r\n" + "".join(f"{id}\tyes\r\n" for id in IDS)),
+        ("bare.tsv", "".join(f"{id}\tyes\n" for id in IDS)),
+        ("UPPER.TSV", "question_id\tanswer\n" + "".join(f"{id}\tyes\n" for id in IDS)),
         ("UPPER.JSON", json.dumps(ROWS, indent=1)),
         ("lines.txt", "yes\n" * 12),
     ],
 )
 def test_every_form(name: str, text: str, tmp_path: Path) -> None:
     assert score(text, name, tmp_path) == ["yes"] * 12
+
+
+def test_commas_in_a_tsv_are_the_answers_own(tmp_path: Path) -> None:
+    for head in ("", "question_id\tanswer\n"):
+        said = score(head + "".join(f"{id}\tred, blue\n" for id in IDS), "p.tsv", tmp_path)
+        assert said == ["red, blue"] * 12
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
@@ -164,9 +173,34 @@ def test_scienceqa_results_hold_every_problem_by_number(
     assert task.scores(examples, answers).metrics["accuracy"] == 100.0
     assert f"{len(right) - len(examples)} answers to other questions" in capsys.readouterr().err
     assert export(task, examples, answers) == {"results": {e.id: right[e.id] for e in examples}}
+    assert score(json.dumps(right), "p.json", tmp_path, task.name, root) == answers, (
+        "nor need they be wrapped"
+    )
     unread = score(json.dumps({"results": dict.fromkeys(right, -1)}), "p.json", tmp_path, task.name, root)
     assert task.scores(examples, unread).metrics["accuracy"] == 0.0
     assert task.unparsed is not None and all(map(task.unparsed, unread, examples))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", '{"1": "2", "2": "2."}'),
+        ("p.json", '[{"question_id": "1", "answer": "2"}, {"question_id": "2", "answer": "2."}]'),
+        ("p.jsonl", '{"question_id": "1", "text": "2"}\n{"question_id": "2", "text": "2."}\n'),
+        ("p.csv", "question_id,answer\n1,2\n2,2.\n"),
+        ("p.txt", "2\n2.\n"),
+    ],
+)
+def test_a_digit_that_was_said_is_a_word_and_no_place(name: str, text: str, tmp_path: Path) -> None:
+    row = {"question": "How many?", "choices": ["one", "two", "three", "four"], "answer": 1, "hint": ""}
+    row |= {"image": "image.png", "subject": "x", "split": "test"}
+    root = rewritten(tmp_path, "scienceqa-img", "problems.json", {"1": row, "2": row})
+    task = tasks.get("scienceqa-img")
+    examples = task.examples(root, pictures=False)
+    said = score(text, name, tmp_path, task.name, root)
+    assert task.scores(examples, said).metrics["accuracy"] == 100.0
+    assert export(task, examples, said) == {"results": {"1": 1, "2": 1}}
+    assert task.scores(examples, ["5", "0"]).metrics["accuracy"] == 0.0
 
 
 def test_gqa_results_may_go_beyond_the_balanced_questions(

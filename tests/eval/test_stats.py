@@ -68,6 +68,56 @@ def test_comparison_sees_a_difference_and_none() -> None:
     assert len(same.better) == len(same.worse) == 150
 
 
+def test_an_interval_of_groups_is_that_of_their_means() -> None:
+    chance = np.random.default_rng(4)
+    alike = chance.binomial(1, 0.6, 100) * 100.0
+    drawn, groups = np.repeat(alike, 6), [str(n // 6) for n in range(600)]
+    low, high = stats.interval(drawn, groups=groups)
+    assert (low, high) == pytest.approx(stats.interval(alike))
+    narrow = stats.interval(drawn)
+    assert (high - low) / (narrow[1] - narrow[0]) == pytest.approx(6**0.5, rel=0.1)
+    mixed = chance.permutation(600)
+    assert stats.interval(drawn[mixed], groups=[groups[n] for n in mixed]) == pytest.approx(
+        (low, high), abs=2
+    )
+    assert stats.interval(alike, groups=[str(n) for n in range(100)]) == pytest.approx(stats.interval(alike))
+
+
+def test_a_comparison_of_groups_is_that_of_their_means() -> None:
+    chance = np.random.default_rng(5)
+    first, second = chance.normal(50, 10, 40), chance.normal(53, 10, 40)
+    groups = [str(n // 6) for n in range(240)]
+    whole = stats.compare(first, second)
+    found = stats.compare(np.repeat(first, 6), np.repeat(second, 6), groups=groups)
+    assert found.difference == pytest.approx(whole.difference)
+    assert found.interval == pytest.approx(whole.interval)
+    assert found.p_value == whole.p_value
+    assert stats.compare(np.repeat(first, 6), np.repeat(second, 6)).p_value < found.p_value
+    assert len(found.better) == 6 * len(whole.better), "items are counted one by one"
+
+
+def test_drawings_of_one_sentence_are_resampled_together(tmp_path: Path) -> None:
+    task, data = get("nlvr"), FIXTURES / "nlvr"
+    examples = task.examples(data)
+    paths = []
+    for name, answers in (("a", ["yes"] * 24), ("b", ["no"] * 24)):
+        results, out = tmp_path / f"{name}.csv", tmp_path / f"{name}.json"
+        results.write_text(str(export(task, examples, answers)), encoding="utf-8")
+        arguments = ["score", "nlvr", "--data", str(data), "--predictions", str(results), "--out", str(out)]
+        assert main([*arguments, "--no-html"]) == 0
+        paths.append(out)
+    report = json.loads(paths[0].read_text(encoding="utf-8"))
+    sentences = [str(example.meta["sentence"]) for example in examples]
+    values = np.array([100.0 * (example.answers[0] == "yes") for example in examples])
+    expected = stats.interval(values, groups=sentences)
+    assert report["intervals"]["accuracy"] == pytest.approx(expected)
+    assert expected != pytest.approx(stats.interval(values))
+    difference = compare(*paths)["metrics"]["accuracy"]
+    again = stats.compare(values, 100 - values, groups=sentences)
+    assert difference["interval"] == pytest.approx(again.interval)
+    assert difference["p_value"] == again.p_value
+
+
 def scored(tmp_path: Path, name: str, answer: str, data: Path = FIXTURES / "vqav2") -> Path:
     task = get("vqav2")
     examples = task.examples(data)

@@ -223,6 +223,40 @@ def test_daquar_compares_sets_of_words(
     assert (found.metrics.get("accuracy_single"), found.metrics["accuracy_all"]) == (single, every)
 
 
+def test_nocaps_bleu_of_a_domain_is_that_of_its_own_captions() -> None:
+    task, examples = load("nocaps", "nocaps", "dev")
+    answers = [example.answers[number % 2] for number, example in enumerate(examples)]
+    answers[0], answers[1] = "a dog", f"{answers[1]} or so"
+    scores = task.scores(examples, answers, java=False)
+    domains = {str(example.meta["domain"]) for example in examples}
+    assert len(domains) > 1 and {f"domain={name}" for name in domains} == set(scores.breakdown)
+    for domain in domains:
+        part = [(e, a) for e, a in zip(examples, answers, strict=True) if e.meta["domain"] == domain]
+        alone = task.scores(*map(list, zip(*part, strict=True)), java=False)
+        row = scores.breakdown[f"domain={domain}"]
+        assert row["n"] == len(part)
+        for name in ("bleu_4", "rouge_l"):
+            assert row[name] == pytest.approx(alone.metrics[name])
+
+
+def test_vqa_rads_test_questions_may_have_a_file_of_their_own(tmp_path: Path) -> None:
+    rows = json.loads((FIXTURES / "vqa-rad" / "VQA_RAD Dataset Public.json").read_text(encoding="utf-8"))
+    (tmp_path / "trainset.json").write_text(json.dumps(rows[:5]), encoding="utf-8")
+    (tmp_path / "testset.json").write_text(
+        json.dumps([{**row, "phrase_type": "freeform"} for row in rows[5:]]), encoding="utf-8"
+    )
+    task = tasks.get("vqa-rad")
+    assert [e.id for e in task.examples(tmp_path, "test", pictures=False)] == [
+        str(r["qid"]) for r in rows[5:]
+    ]
+    (tmp_path / "trainset.json").write_text(
+        json.dumps([{**row, "phrase_type": "para"} for row in rows[:5]]), encoding="utf-8"
+    )
+    assert [e.id for e in task.examples(tmp_path, "train", pictures=False)] == [
+        str(r["qid"]) for r in rows[:5]
+    ]
+
+
 def test_nlvr_counts_drawings_and_whole_sentences() -> None:
     task, examples = load("nlvr", "nlvr", "dev")
     answers = ["True" if example.answers[0] == "yes" else "False." for example in examples]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 
+from vlm.bench import serve, train
 from vlm.bench.peers import CLOSE, IdeficsPeer, peer_of
-from vlm.bench.train import BATCHES, SWITCHES, UNASKED, Ours, Switched, Theirs, gains, ratios
+from vlm.bench.train import BATCHES, SWITCHES, UNASKED, Ours, Switched, Theirs, gains, measure, ratios
+from vlm.errors import VLMError
 
 
 @pytest.mark.parametrize("adapter", ["flamingo", "qformer"])
@@ -52,6 +55,31 @@ def test_every_contestant_learns(tiny_config: Any, adapter: str, warm: bool, tmp
             contestant.step(turn % BATCHES)
         assert contestant.losses[-1] < contestant.losses[0]
         assert bool(contestant.kept) == warm
+
+
+@pytest.mark.timeout(60)
+def test_a_contestant_that_ends_is_named(tiny_config: Any, tmp_path: Any) -> None:
+    options = {"steps": 1, "pictures": 1, "precision": "float32", "threads": 1, "switches": False}
+    args = Namespace(**options, data=tmp_path / "absent", model=tiny_config("flamingo"))
+    with pytest.raises(VLMError, match="'flamingo plain' ended with exit code 1"):
+        measure(args, ["flamingo plain"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (train.main, ["--steps", "0"]),
+        (train.main, ["--pictures", "0"]),
+        (train.main, ["--threads", "0"]),
+        (serve.main, ["crossing", "--clients", "0"]),
+        (serve.main, ["crossing", "--requests", "-1"]),
+        (serve.main, ["load", "--minutes", "0"]),
+    ],
+)
+def test_wrong_numbers_are_usage_errors(entry: Any, words: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        entry(words)
+    assert left.value.code == 2
 
 
 def test_every_switch_is_measured() -> None:

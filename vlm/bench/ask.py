@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.bench.serve import sample_picture
 from vlm.errors import VLMError
-from vlm.options import add_common, apply_common, common_words, make_parser
+from vlm.options import add_common, apply_common, common_words, make_parser, positive
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -34,14 +34,12 @@ def main(argv: list[str]) -> int:
     parser = make_parser("vlm bench ask", "Seconds of one `vlm ask`, and answers a second of many.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--adapter", default="default", help="a shipped adapter, a folder or a hub id")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each (default: 3)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="turns of each (default: 3)")
     parser.add_argument(
-        "--pictures", type=int, default=32, metavar="N", help="pictures of many (default: 32)"
+        "--pictures", type=positive, default=32, metavar="N", help="pictures of many (default: 32)"
     )
     add_common(parser)
     args = parser.parse_args(argv)
-    if args.repeats < 1 or args.pictures < 1:
-        parser.error("--repeats and --pictures must be at least 1")
     apply_common(args)
     result = {"command": command(args), "many": many(args)}
     print(json.dumps(result, indent=2) if args.json else table(result))

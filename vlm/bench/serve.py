@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import random
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import VLMError
-from vlm.options import add_common, apply_common, common_words, make_parser
+from vlm.options import add_common, apply_common, common_words, make_parser, positive
 
 QUESTIONS = (
     "What is in the picture?", "Describe the picture.", "What colour is it?", "Is there an animal?",
@@ -67,11 +68,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("job", nargs="?", choices=("crossing", "load", "speedup"), default="speedup")
     parser.add_argument("--json", action="store_true", help="no difference: it is always one JSON object")
     parser.add_argument("--adapter", default="default", help="a shipped adapter, a folder or a hub id")
-    parser.add_argument("--requests", type=int, default=500, help="crossing: how many (default: 500)")
-    parser.add_argument("--clients", type=int, default=32, help="clients at once (default: 32)")
+    parser.add_argument("--requests", type=positive, default=500, help="crossing: how many (default: 500)")
+    parser.add_argument("--clients", type=positive, default=32, help="clients at once (default: 32)")
     parser.add_argument("--minutes", type=float, default=10, help="load: how long (default: 10)")
     add_common(parser)
     args = parser.parse_args(argv)
+    if not 0 < args.minutes < math.inf:
+        parser.error("--minutes must be more than 0")
     apply_common(args)
     result, fine = {"crossing": crossing, "load": load, "speedup": speedup}[args.job](args)
     print(json.dumps(result, indent=2))

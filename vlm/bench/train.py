@@ -24,7 +24,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vlm.options import make_parser
+from vlm.errors import VLMError
+from vlm.options import add_idle, make_parser, positive
 
 CONTESTANTS = {
     "flamingo warm": ("flamingo", True, True),
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
     """Entry of `vlm bench train`."""
     parser = make_parser("vlm bench train", "Captions learnt per second, beside transformers' classes.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each (default: 10)")
-    parser.add_argument("--pictures", type=int, default=12, help="pictures a step (default: 12)")
+    parser.add_argument("--steps", type=positive, default=10, help="timed steps of each (default: 10)")
+    parser.add_argument("--pictures", type=positive, default=12, help="pictures a step (default: 12)")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="Flickr8k; default: drawn shapes, long captions"
     )
@@ -72,7 +73,8 @@ def main(argv: list[str]) -> int:
         "--only", nargs="+", choices=[*CONTESTANTS, *SWITCHES], metavar="NAME", help="some of the contestants"
     )
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of all alike")
-    parser.add_argument("--threads", type=int, default=None, metavar="N")
+    parser.add_argument("--threads", type=positive, default=None, metavar="N")
+    add_idle(parser, "--offline", "--device", "--dtype")
     args = parser.parse_args(argv)
     known = [name for name in SWITCHES if name not in UNASKED] if args.switches else list(CONTESTANTS)
     names = args.only or known
@@ -87,27 +89,32 @@ def main(argv: list[str]) -> int:
 
 
 def measure(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Lets the contestants take turns; their figures and ratios."""
+    """Lets the contestants take turns; their figures and ratios.
+
+    Raises:
+        VLMError: a contestant's process has ended.
+    """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     for name in names:
         here, there = context.Pipe()
         process = context.Process(target=work, args=(there, name, vars(args)), daemon=True)
         process.start()
+        there.close()  # else it would never be heard that the process has ended
         workers[name] = (process, here)
-        here.recv()  # one at a time: loading together would need the memory of all at its peak
+        heard(
+            name, *workers[name]
+        )  # one at a time: loading together would need the memory of all at its peak
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(args.steps + BATCHES):
-        for name, (_, pipe) in workers.items():
-            pipe.send(turn % BATCHES)
-            seconds = pipe.recv()
+        for name, worker in workers.items():
+            seconds = heard(name, *worker, turn % BATCHES)
             if turn >= BATCHES:  # the first round fills the caches
                 times[name].append(seconds)
     figures = {}
-    for name, (process, pipe) in workers.items():
-        pipe.send(None)
-        found = pipe.recv()
-        process.join()
+    for name, worker in workers.items():
+        found = heard(name, *worker, None)
+        worker[0].join()
         median = statistics.median(times[name])
         figures[name] = {
             "captions_per_second": args.pictures * CAPTIONS / median,
@@ -123,6 +130,23 @@ def measure(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "figures": figures,
         "ratios": gains(figures) if args.switches else ratios(figures),
     }
+
+
+def heard(name: str, process: Any, pipe: Connection, *said: int | None) -> Any:
+    """What a contestant answers to what it is told.
+
+    Raises:
+        VLMError: its process has ended.
+    """
+    try:
+        for word in said:
+            pipe.send(word)
+        return pipe.recv()
+    except (EOFError, ConnectionError) as error:
+        process.join()
+        raise VLMError(
+            f"the contestant {name!r} ended with exit code {process.exitcode}; its own message stands above"
+        ) from error
 
 
 def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
