@@ -37,16 +37,8 @@ from vlm.train.record import SKIPPED, note_skipped
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
 from vlm.train.sharded import shard
 from vlm.train.state import (
-    newest_valid,
-    note_written,
-    pack,
-    processes_of,
-    read_state,
-    restore,
-    save_state,
-    step_of,
-    written_step,
-)
+    newest_valid, note_written, pack, processes_of, read_state, restore, save_state, step_of, written_step,
+)  # fmt: skip
 
 BAD_STEPS = 5
 """Steps in a row with a loss that is no number, after which a run gives up."""
@@ -144,10 +136,9 @@ class Trainer:
             TrainingError: the state is of another recipe or other data, or not all processes have it.
         """
         path, damaged = newest_valid(self.out / "state")
-        if len({tuple(place) for place in self.processes.gather([step_of(path) if path else 0])}) > 1:
+        if not self.processes.agree(step_of(path) if path else 0):
             raise TrainingError(
-                f"the processes find different states in {self.out}: out=FOLDER must lie on a disk that all "
-                "machines share"
+                f"{self.out} differs between processes: out must lie on a disk that all share"
             )
         for folder in damaged:
             say(f"{folder} is damaged; {'the state before it is used' if path else 'starting anew'}")

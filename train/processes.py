@@ -51,6 +51,10 @@ class Processes:
         found: list[list[int]] = (self.accelerator.gather(mine) if self.count > 1 else mine).tolist()
         return found
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes have the same number."""
+        return len({found for (found,) in self.gather([number])}) == 1
+
     def same_start(self, adapter: nn.Module) -> None:
         """Every process begins with the first one's weights."""
         if self.count > 1:

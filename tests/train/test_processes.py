@@ -93,5 +93,5 @@ def test_more_processes_go_on_with_a_run(recipe: Any, run: Any, tmp_path: Path) 
 def test_processes_that_find_different_states_do_not_go_on(recipe: Any, run: Any, tmp_path: Path) -> None:
     config = recipe(out=str(tmp_path / "out"), batch=4, save_every=2)
     run(config, 2, VLM_TEST_APART="1")  # each on a disk of its own, and the first one alone saves
-    with pytest.raises(AssertionError, match="must lie on a disk that all machines share"):
+    with pytest.raises(AssertionError, match="must lie on a disk that all share"):
         run(config, 2, VLM_TEST_APART="1")
