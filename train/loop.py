@@ -24,7 +24,7 @@ from vlm.data.collate import Group, batches_from, masked_text, rows_of, seeded, 
 from vlm.errors import VLMError
 from vlm.model import VLM
 from vlm.processor import Row, Tokens
-from vlm.train import fast, mup
+from vlm.train import fast, mup, state
 from vlm.train.config import TrainConfig
 from vlm.train.hints import drawn_labels, naming
 from vlm.train.mup import Scale
@@ -36,9 +36,6 @@ from vlm.train.recipe import identity, other_keys
 from vlm.train.record import SKIPPED, note_skipped
 from vlm.train.selfcritical import CiderReward, caption_references, rewarded
 from vlm.train.sharded import shard
-from vlm.train.state import (
-    newest_valid, note_written, pack, processes_of, read_state, restore, save_state, step_of, written_step,
-)  # fmt: skip
 
 BAD_STEPS = 5
 """Steps in a row with a loss that is no number, after which a run gives up."""
@@ -135,8 +132,8 @@ class Trainer:
         Raises:
             TrainingError: the state is of another recipe or other data, or not all processes have it.
         """
-        path, damaged = newest_valid(self.out / "state")
-        if not self.processes.agree(step_of(path) if path else 0):
+        path, damaged = state.newest_valid(self.out / "state")
+        if not self.processes.agree(state.step_of(path) if path else 0):
             raise TrainingError(
                 f"{self.out} differs between processes: out must lie on a disk that all share"
             )
@@ -144,7 +141,7 @@ class Trainer:
             say(f"{folder} is damaged; {'the state before it is used' if path else 'starting anew'}")
         if path is None:
             return
-        tensors, meta = read_state(path)
+        tensors, meta = state.read_state(path)
         extra = meta["extra"]
         if changed := other_keys(extra["config"], self.config):
             raise TrainingError(
@@ -156,10 +153,10 @@ class Trainer:
                 f"{path} was trained on other pictures or answers: choose another out=FOLDER, or give --fresh"
             )
         self.step, self.skipped = extra["step"], extra["skipped"]
-        if (begun := processes_of(tensors)) != self.processes.count:
+        if (begun := state.processes_of(tensors)) != self.processes.count:
             say(f"the run was saved by {begun} processes, and {self.processes.count} go on: they draw anew")
             set_seed(self.config.seed + self.processes.rank + self.step)
-        restore(
+        state.restore(
             path, tensors, meta["groups"], self.trained, self.optimizer, self.average, self.processes.rank
         )
         self.bad, self.seconds = extra.get("bad", 0), extra.get("seconds", 0.0)
@@ -180,13 +177,14 @@ class Trainer:
             self.learn()
         if self.processes.main and not self.written:
             self.save_adapter()
-            note_written(self.out / "state", self.step)
+            state.note_written(self.out / "state", self.step)
         self.accelerator.wait_for_everyone()
 
     @property
     def written(self) -> bool:
         """Whether the adapter of this very step is in `out`."""
-        return (self.out / "adapter.safetensors").is_file() and written_step(self.out / "state") == self.step
+        written = state.written_step(self.out / "state")
+        return written == self.step and (self.out / "adapter.safetensors").is_file()
 
     def save_adapter(self) -> None:
         """Writes the adapter (its moving average, where there is one) as float16."""
@@ -261,8 +259,8 @@ class Trainer:
                 "config": identity(self.config),
                 **progress,
             }
-            files = pack(self.trained, self.optimizer, self.average, randoms, extra, devices)
-            save_state(self.out / "state", self.step, files, self.config.keep)
+            files = state.pack(self.trained, self.optimizer, self.average, randoms, extra, devices)
+            state.save_state(self.out / "state", self.step, files, self.config.keep)
         self.accelerator.wait_for_everyone()
 
     # --- one step ----------------------------------------------------------------------------------
