@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -190,6 +191,34 @@ def test_sigterm_finishes_streams_and_exits_with_0(small: Any, make: Any) -> Non
     assert codes == [0]
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", small.port), timeout=2)
+
+
+def test_told_twice_it_ends_at_once_with_refusals(start: Callable[..., Any], make: Any) -> None:
+    server = start("--slots", "1")
+    with closing(open_stream(server, make)) as stream:
+        assert waits_for(lambda: numbers(server) == (1, 0), 20)
+        with closing(open_stream(server, make, stream=False)) as waiting:
+            assert waits_for(lambda: numbers(server) == (1, 1), 20)
+            for _ in range(2):
+                server.process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            begun, whole = read_all(stream), read_all(waiting)
+    assert server.process.wait(20) == 0
+    assert '"code":"not_ready"' in begun and "[DONE]" not in begun
+    assert whole.startswith("HTTP/1.1 503 ") and '"code":"not_ready"' in whole
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_one_port_is_listened_on_once() -> None:
+    from vlm.errors import ConfigError
+    from vlm.serve.main import _bind
+
+    with closing(_bind("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            _bind("127.0.0.1", port)
+        with closing(socket.create_connection(("127.0.0.1", port), timeout=2)):
+            pass
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])

@@ -6,6 +6,7 @@ that routing uses. The log has the route's template, never the path, query, head
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -82,6 +83,9 @@ class Gate:
             await self._app(scope, receive, visit.send)
         except APIError as error:
             await visit.refuse(error)
+        except asyncio.CancelledError:
+            # By nothing but the server's end, which waits no longer: ended here, as uvicorn would log it.
+            await visit.refuse(APIError(503, "The server is stopping."))
         except Exception:
             # The last line of defence: the client gets OpenAI's shape instead of a cut connection, and the
             # log gets frames without values (uvicorn would print the message, which may quote a prompt).

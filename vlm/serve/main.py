@@ -128,7 +128,8 @@ def _is_local(host: str) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket, before the model is loaded: a port in use is told at once."""
+    """A listening socket, before the model is loaded: a port in use is told at once, and whoever comes early
+    waits."""
     if not 0 <= port <= 65_535:  # getaddrinfo would take it modulo 65,536
         raise ConfigError(f"--port {port} is not between 0 and 65535")
     try:
@@ -136,6 +137,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # with SO_REUSEADDR two may bind to one port; only one may listen
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
     return listener
@@ -184,19 +186,17 @@ def run(app: Any, settings: Settings, listener: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT; answers under way are finished first."""
     import uvicorn
 
-    from vlm.serve.protocol import protocol_class
+    from vlm.serve.protocol import Server, protocol_class
 
     config = uvicorn.Config(
-        app, http=protocol_class(settings.header_seconds, settings.connections), ws="none", loop="asyncio",
-        lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        app, http=protocol_class(settings), ws="none", loop="asyncio", lifespan="on",
+        log_config=None, access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=15, timeout_graceful_shutdown=int(settings.deadline) + _DRAIN_SECONDS,
     )  # fmt: skip
-    host, port = listener.getsockname()[:2]
-    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     # uvicorn raises the signal again when it is done; stopping as asked is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
     return 0
 
 
