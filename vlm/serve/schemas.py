@@ -265,6 +265,7 @@ class PageConfig(BaseModel):
     max_images: int
     max_image_bytes: int
     max_body: int
+    max_pixels: int
     max_text: int
 
 
