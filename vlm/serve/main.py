@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import sys
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, default=16, help="answers decoded side by side (default: 16)")
     parser.add_argument("--queue", type=int, default=64, help="answers that may wait (default: 64)")
     parser.add_argument(
-        "--deadline", type=float, default=120.0, help="seconds an answer may take (default: 120)"
+        "--deadline", type=_seconds, default=120.0, help="seconds an answer may take (default: 120)"
     )
     parser.add_argument(
         "--answer-tokens",
@@ -90,9 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(text: str) -> float:
+    try:
+        if math.isfinite(seconds := float(text)):
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+
+
 def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
     """Settings and keys, or the reason why this may not be served."""
     from vlm.serve.fetch import allowed_hosts
+    from vlm.serve.gate import host_name, origin
     from vlm.serve.keys import Keys
     from vlm.serve.settings import Settings
 
@@ -107,11 +118,12 @@ def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
             "or --insecure-public if anyone may use it"
         )
     keys = Keys.read(args.api_key_file) if args.api_key_file else None
-    names = tuple(args.allow_host)
+    names = tuple(map(host_name, args.allow_host))
     if local and keys is None:
         names = (*_LOCAL_NAMES, *names)
     settings = Settings(
-        image_hosts=tuple(args.allow_image_host), hosts=names, origins=tuple(args.allow_origin),
+        image_hosts=tuple(args.allow_image_host), hosts=names,
+        origins=tuple(map(origin, args.allow_origin)),
         feedback=args.feedback, slots=args.slots, queue=args.queue, deadline=args.deadline,
         default_new_tokens=args.answer_tokens,
     )  # fmt: skip
