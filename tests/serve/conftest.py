@@ -116,8 +116,7 @@ def launch(adapter: Path, *options: str, key: str = "") -> Server:
         process.wait(10)
         pytest.fail(f"the server did not start:\n{''.join(server.log)}")
     server.url = first.removeprefix("serving on ").strip()
-    with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:
-        client.get(f"{server.url}/health").raise_for_status()
+    httpx.get(f"{server.url}/health").raise_for_status()
     return server
 
 

@@ -138,6 +138,12 @@ def test_typed_special_tokens_stay_text(server: Any) -> None:
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
         ({"frequency_penalty": 1}, 400, "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
+        ({"function_call": {"name": "f"}}, 400, "unsupported_parameter"),
+        ({"web_search_options": {}}, 400, "unsupported_parameter"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, 400, "unsupported_parameter"),
+        ({"prediction": {"type": "content", "content": "x"}}, 400, "unsupported_parameter"),
+        ({"reasoning_effort": "high"}, 400, "unsupported_parameter"),
+        ({"verbosity": "low"}, 400, "unsupported_parameter"),
     ],
 )
 def test_refusals(server: Any, change: dict[str, Any], status: int, code: str) -> None:
@@ -145,6 +151,15 @@ def test_refusals(server: Any, change: dict[str, Any], status: int, code: str) -
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
     assert reply.headers["x-request-id"].startswith("req-")
+
+
+def test_what_leaves_the_answer_as_it_is_is_taken(server: Any, make: Any) -> None:
+    message = make.user("What is it?", make.url(1))
+    for detail in ("auto", "low", "high", "original"):
+        message["content"][0]["image_url"]["detail"] = detail
+        neutral = {"function_call": "none", "tool_choice": "auto", "reasoning_effort": "none"}
+        neutral |= {"verbosity": "medium", "prediction": None, "audio": None, "user": "me", "store": False}
+        assert server.chat(messages=[message], max_tokens=1, **neutral).status_code == 200
 
 
 @pytest.mark.parametrize(

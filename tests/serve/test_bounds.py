@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -192,6 +193,44 @@ def test_sigterm_finishes_streams_and_exits_with_0(small: Any, make: Any) -> Non
         socket.create_connection(("127.0.0.1", small.port), timeout=2)
 
 
+def test_told_twice_it_ends_at_once_with_refusals(start: Callable[..., Any], make: Any) -> None:
+    server = start("--slots", "1")
+    with closing(open_stream(server, make)) as stream:
+        assert waits_for(lambda: numbers(server) == (1, 0), 20)
+        with closing(open_stream(server, make, stream=False)) as waiting:
+            assert waits_for(lambda: numbers(server) == (1, 1), 20)
+            for _ in range(2):
+                server.process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            begun, whole = read_all(stream), read_all(waiting)
+    assert server.process.wait(20) == 0
+    assert '"code":"not_ready"' in begun and "[DONE]" not in begun
+    assert whole.startswith("HTTP/1.1 503 ") and '"code":"not_ready"' in whole
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_origins_and_hosts_are_compared_as_browsers_write_them() -> None:
+    from vlm.serve.gate import host_name, origin
+
+    given = ["https://Chat.Example", "http://localhost:3000", "http://[::1]:3000", "app://x"]
+    assert list(map(origin, given)) == [text.lower() for text in given]
+    assert list(map(host_name, ["Ask.Example", "my_host", "[::1]", "192.0.2.7"])) == [
+        "ask.example", "my_host", "[::1]", "192.0.2.7",
+    ]  # fmt: skip
+
+
+def test_one_port_is_listened_on_once() -> None:
+    from vlm.errors import ConfigError
+    from vlm.serve.main import _bind
+
+    with closing(_bind("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            _bind("127.0.0.1", port)
+        with closing(socket.create_connection(("127.0.0.1", port), timeout=2)):
+            pass
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
 def test_a_public_address_without_a_key_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     from vlm.cli import main
@@ -220,11 +259,43 @@ def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
             ["--port", port],
             ["--port", "99999"],
             ["--slots", "0"],
+            ["--deadline", "0"],
+            *(
+                ["--allow-origin", text]
+                for text in (
+                    "*",
+                    "null",
+                    "chat.example",
+                    "https://",
+                    "https://chat.example/",
+                    "https://chat.example/x",
+                    "https://chat.example:443",
+                    "http://chat.example:80",
+                    "https://a b",
+                )
+            ),
+            *(
+                ["--allow-host", text]
+                for text in (
+                    "*",
+                    "",
+                    "ask.example:8000",
+                    "https://ask.example",
+                    "ask.example/",
+                    "::1",
+                    "[::1]:8000",
+                )
+            ),
             ["--allow-image-host", "10.0.0.1"],
             ["--api-key-file", str(tmp_path / "none")],
         ):
             assert main(["serve", *options]) == 1
             error = capsys.readouterr().err
             assert error.startswith("error: ") and error.count("\n") == 1
+            assert not options[0].startswith(("--allow-o", "--allow-h", "--d")) or options[0] in error
+    for seconds in ("nan", "inf", "-inf", "1e999", "soon"):
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", f"--deadline={seconds}"])
+        assert caught.value.code == 2 and "no number of seconds" in capsys.readouterr().err
     assert main(["serve", "feedback", "export", "--db", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
     assert "no feedback database" in capsys.readouterr().err

@@ -301,12 +301,19 @@ def test_a_failure_in_mid_stream_is_an_error_frame_and_the_next_is_answered(
         assert again == whole
 
 
-@pytest.mark.parametrize("nothing", ["", None, " \n", [{"type": "text", "text": ""}]])
+REFUSAL = {"type": "refusal", "refusal": "No."}
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [{"content": ""}, {"content": None}, {"content": " \n"}, {"content": [{"type": "text", "text": ""}]},
+     {"content": []}, {"content": [REFUSAL]}, {"content": None, "refusal": "No."}, {}],
+)  # fmt: skip
 def test_an_answer_of_no_words_is_passed_over(
-    client: httpx.Client, make: Any, nothing: str | list[dict[str, str]] | None
+    client: httpx.Client, make: Any, nothing: dict[str, Any]
 ) -> None:
     first, second = make.user("What?", make.url(1)), make.user("And now?")
-    empty = {"role": "assistant", "content": nothing}
+    empty = {"role": "assistant", **nothing}
     asked = {"model": "model", "max_tokens": 4}
     plain, passed = (
         client.post("/v1/chat/completions", json={**asked, "messages": messages})
@@ -333,6 +340,8 @@ USER: dict[str, Any] = {"role": "user"}
         ({"messages": [{**USER, "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
         ({"messages": [{**USER, "content": None}]}, "messages.0.content", "text or a list of parts"),
         ({"messages": [{**USER, "content": []}]}, "messages.0.content", "at least 1 item"),
+        ({"messages": [USER]}, "messages.0.content", "text or a list of parts"),
+        ({"messages": [{**USER, "content": [REFUSAL]}]}, "messages.0.content", "Only an assistant's"),
         ({"messages": [{"role": "text", "content": "x"}]}, "messages.0.role", "'user'"),
         ({"stop": list("abcde")}, "stop", "at most 4 items"),
         ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),

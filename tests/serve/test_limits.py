@@ -21,8 +21,10 @@ from vlm.serve.metrics import Metrics  # noqa: E402
 from vlm.serve.protocol import protocol_class  # noqa: E402
 from vlm.serve.settings import Settings  # noqa: E402
 
-SETTINGS = Settings(max_body=1 << 20, max_bodies=3 << 19, body_seconds=0.6, header_seconds=0.4)
 CONNECTIONS = 8
+SETTINGS = Settings(
+    max_body=1 << 20, max_bodies=3 << 19, body_seconds=0.6, header_seconds=0.4, connections=CONNECTIONS
+)
 
 
 async def length_of_body(scope: Any, receive: Any, send: Any) -> None:
@@ -56,8 +58,10 @@ def limits() -> Iterator[tuple[int, BodyLimit]]:
     """Port of a running server, and its body limit."""
     limit = BodyLimit(length_of_body, SETTINGS)
     app = Gate(limit, settings=SETTINGS, keys=None, metrics=Metrics(), open_paths=())
-    protocol = protocol_class(SETTINGS.header_seconds, CONNECTIONS)
-    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False)
+    protocol = protocol_class(SETTINGS)
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, timeout_keep_alive=1
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -177,8 +177,7 @@ def judge(alone: Reply, together: Reply) -> str:
 def _client(url: str) -> Any:
     import httpx
 
-    # A new server refuses connections for the moment between its announcement and its listening.
-    return httpx.Client(base_url=url, timeout=300, transport=httpx.HTTPTransport(retries=20))
+    return httpx.Client(base_url=url, timeout=300)
 
 
 def _alone(url: str, bodies: Sequence[dict[str, Any]]) -> list[Reply]:

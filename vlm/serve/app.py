@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from vlm import __version__
+from vlm.images import Limits
 from vlm.serve.chat import ClientGone, Conversing, while_connected
 from vlm.serve.errors import APIError, error_body
 from vlm.serve.feedback import FeedbackFull, FeedbackStore
@@ -207,6 +208,8 @@ def _add_models(app: FastAPI, model_id: str, settings: Settings, feedback: bool)
         return PageConfig(
             model=model_id, feedback=feedback, attention=True, max_images=settings.max_images,
             max_image_bytes=settings.max_image_bytes, max_body=settings.max_body, max_text=settings.max_text,
+            # The bound of the format that has the lowest.
+            max_pixels=min(settings.max_pixels, Limits().max_webp_pixels),
         )  # fmt: skip
 
 

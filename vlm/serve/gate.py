@@ -6,6 +6,7 @@ that routing uses. The log has the route's template, never the path, query, head
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
+from vlm.errors import ConfigError
 from vlm.serve.errors import APIError, error_bytes
 from vlm.serve.keys import Keys
 from vlm.serve.metrics import Metrics
@@ -27,6 +29,39 @@ _CLIENTS = re.compile(
     r"x-stainless-[a-z0-9-]{1,40}|openai-(?:organization|project)|user-agent|idempotency-key"
 )
 """Headers that OpenAI's JavaScript client sends besides; a browser asks whether it may."""
+
+
+_HOST = r"(?:[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?|\[[0-9a-f:.]+\])"
+_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_HOST}(?::[1-9][0-9]{{0,4}})?")
+_USUAL_PORT = re.compile(r"(?:http://.*:80|https://.*:443)")
+
+
+def host_name(text: str) -> str:
+    """A name as the Host header is compared with: without a port, in small letters.
+
+    Raises:
+        ConfigError: no Host header could match it.
+    """
+    if not re.fullmatch(_HOST, name := text.lower()):
+        raise ConfigError(
+            f"--allow-host {text!r} can never match: write the name alone, without scheme and port, "
+            "as in ask.example"
+        )
+    return name
+
+
+def origin(text: str) -> str:
+    """An origin as browsers write it.
+
+    Raises:
+        ConfigError: no browser writes it so.
+    """
+    if not _ORIGIN.fullmatch(name := text.lower()) or _USUAL_PORT.fullmatch(name):
+        raise ConfigError(
+            f"--allow-origin {text!r} can never match: write scheme and host, and the port where it is not "
+            "the usual one, as in https://chat.example or http://localhost:3000, with nothing after it"
+        )
+    return name
 
 
 class QuietFormatter(logging.Formatter):
@@ -82,6 +117,9 @@ class Gate:
             await self._app(scope, receive, visit.send)
         except APIError as error:
             await visit.refuse(error)
+        except asyncio.CancelledError:
+            # By nothing but the server's end, which waits no longer: ended here, as uvicorn would log it.
+            await visit.refuse(APIError(503, "The server is stopping."))
         except Exception:
             # The last line of defence: the client gets OpenAI's shape instead of a cut connection, and the
             # log gets frames without values (uvicorn would print the message, which may quote a prompt).

@@ -10,13 +10,11 @@ import asyncio
 import ctypes
 from typing import Any
 
-from vlm.serve.errors import APIError, error_bytes, overloaded
+from vlm.serve.errors import APIError, overloaded
 from vlm.serve.settings import Settings
 
 Scope = dict[str, Any]
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
-_LINGER_SECONDS = 2.0
-_LINGER_BYTES = 64 << 20
 _GROWS = 1 << 20
 """Bytes up to which a body grows as it comes: moving it costs little."""
 
@@ -105,10 +103,6 @@ class BodyLimit:
         body = Body(self.ledger, self._settings.max_body)
         try:
             complete = await self._read(scope, receive, body)
-        except APIError as error:
-            body.release()
-            await _refuse(error, receive, send)
-            return
         except BaseException:
             body.release()
             raise
@@ -146,23 +140,3 @@ class BodyLimit:
             raise APIError(408, "The request's body did not arrive in time.") from None
         body.close()
         return True
-
-
-async def _refuse(error: APIError, receive: Any, send: Any) -> None:
-    """Answer at once, then read on for a moment: a client that is still sending when its connection closes
-    loses the answer."""
-    body, headers = error_bytes(error)
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    try:
-        async with asyncio.timeout(_LINGER_SECONDS):
-            left = _LINGER_BYTES
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    break
-    except TimeoutError:
-        pass
-    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import sys
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, default=16, help="answers decoded side by side (default: 16)")
     parser.add_argument("--queue", type=int, default=64, help="answers that may wait (default: 64)")
     parser.add_argument(
-        "--deadline", type=float, default=120.0, help="seconds an answer may take (default: 120)"
+        "--deadline", type=_seconds, default=120.0, help="seconds an answer may take (default: 120)"
     )
     parser.add_argument(
         "--answer-tokens",
@@ -90,9 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(text: str) -> float:
+    try:
+        if math.isfinite(seconds := float(text)):
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+
+
 def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
     """Settings and keys, or the reason why this may not be served."""
     from vlm.serve.fetch import allowed_hosts
+    from vlm.serve.gate import host_name, origin
     from vlm.serve.keys import Keys
     from vlm.serve.settings import Settings
 
@@ -107,11 +118,12 @@ def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
             "or --insecure-public if anyone may use it"
         )
     keys = Keys.read(args.api_key_file) if args.api_key_file else None
-    names = tuple(args.allow_host)
+    names = tuple(map(host_name, args.allow_host))
     if local and keys is None:
         names = (*_LOCAL_NAMES, *names)
     settings = Settings(
-        image_hosts=tuple(args.allow_image_host), hosts=names, origins=tuple(args.allow_origin),
+        image_hosts=tuple(args.allow_image_host), hosts=names,
+        origins=tuple(map(origin, args.allow_origin)),
         feedback=args.feedback, slots=args.slots, queue=args.queue, deadline=args.deadline,
         default_new_tokens=args.answer_tokens,
     )  # fmt: skip
@@ -128,7 +140,8 @@ def _is_local(host: str) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket, before the model is loaded: a port in use is told at once."""
+    """A listening socket, before the model is loaded: a port in use is told at once, and whoever comes early
+    waits."""
     if not 0 <= port <= 65_535:  # getaddrinfo would take it modulo 65,536
         raise ConfigError(f"--port {port} is not between 0 and 65535")
     try:
@@ -136,6 +149,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # with SO_REUSEADDR two may bind to one port; only one may listen
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
     return listener
@@ -184,19 +198,17 @@ def run(app: Any, settings: Settings, listener: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT; answers under way are finished first."""
     import uvicorn
 
-    from vlm.serve.protocol import protocol_class
+    from vlm.serve.protocol import Server, protocol_class
 
     config = uvicorn.Config(
-        app, http=protocol_class(settings.header_seconds, settings.connections), ws="none", loop="asyncio",
-        lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        app, http=protocol_class(settings), ws="none", loop="asyncio", lifespan="on",
+        log_config=None, access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=15, timeout_graceful_shutdown=int(settings.deadline) + _DRAIN_SECONDS,
     )  # fmt: skip
-    host, port = listener.getsockname()[:2]
-    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     # uvicorn raises the signal again when it is done; stopping as asked is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
     return 0
 
 

@@ -22,7 +22,7 @@ from vlm.errors import DataError
 from vlm.images import ImageError, Limits, Picture, open_picture
 from vlm.serve.errors import APIError
 from vlm.serve.fetch import FetchDoor
-from vlm.serve.schemas import ImagePart, Message
+from vlm.serve.schemas import ImagePart, Message, TextPart
 from vlm.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _parts(message: Message, urls: list[str]) -> list[str | ImageSlot]:
             parts.append(ImageSlot(len(urls)))
             urls.append(part.image_url.url)
             part.image_url.url = ""
-        else:
+        elif isinstance(part, TextPart):
             parts.append(part.text)
     return parts
 

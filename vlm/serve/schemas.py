@@ -50,7 +50,7 @@ class ImageURL(Strict):
     """A `data:` URL, or an https URL of a host that the server allows."""
 
     url: Annotated[str, Field(min_length=1)]
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(Strict):
@@ -60,22 +60,37 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class RefusalPart(Strict):
+    """An answer that another model refused; passed over."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+
+Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
 
 
 class Message(Strict):
     """One turn; `system` and `developer` words go before the first user's."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)] | None
+    content: Annotated[
+        Text | Annotated[list[Part], Field(max_length=64)] | None, Field(validate_default=True)
+    ] = None
 
     @field_validator("content")
     @classmethod
     def _nothing_of_the_assistant_alone(
         cls, content: str | list[Part] | None, seen: ValidationInfo
     ) -> str | list[Part] | None:
-        if content is None and seen.data.get("role") != "assistant":
+        if seen.data.get("role") == "assistant":
+            return content
+        if content is None:
             raise PydanticCustomError("nothing", "Input should be text or a list of parts")
+        if not isinstance(content, str) and not content:
+            raise PydanticCustomError("nothing", "The list should have at least 1 item")
+        if isinstance(content, list) and any(isinstance(part, RefusalPart) for part in content):
+            raise PydanticCustomError("refusal", "Only an assistant's message may hold a refusal")
         return content
 
 
@@ -113,6 +128,12 @@ class ChatRequest(Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     modalities: list[str] | None = None
+    function_call: Any = None
+    web_search_options: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings, none or several."""
@@ -135,6 +156,12 @@ def refuse_unsupported(request: ChatRequest) -> None:
         "presence_penalty": bool(request.presence_penalty),
         "top_logprobs": bool(request.top_logprobs),
         "modalities": request.modalities not in (None, ["text"]),
+        "function_call": request.function_call not in (None, "none", "auto"),
+        "web_search_options": request.web_search_options is not None,
+        "audio": request.audio is not None,
+        "prediction": request.prediction is not None,
+        "reasoning_effort": request.reasoning_effort not in (None, "none"),
+        "verbosity": request.verbosity not in (None, "medium"),
     }
     for name, asked in wanted.items():
         if asked:
@@ -265,6 +292,7 @@ class PageConfig(BaseModel):
     max_images: int
     max_image_bytes: int
     max_body: int
+    max_pixels: int
     max_text: int
 
 

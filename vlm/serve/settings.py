@@ -31,6 +31,8 @@ class Settings:
     """From the opening of a connection to the end of its first request's headers."""
     body_seconds: float = 30.0
     """From the headers to the last byte of the body."""
+    write_seconds: float = 20.0
+    """That a client may leave a piece of an answer untaken."""
 
     max_images: int = 8
     max_image_bytes: int = 20 * MIB

@@ -1,6 +1,13 @@
 // The server as this page sees it: one settings call, streamed answers, feedback. The key lives in the tab.
 
 const KEY = "vlm-key";
+const MIB = 1 << 20;
+
+// What the server says that it takes; until it does, what it says unless told otherwise. No model: not said yet.
+export const config = {
+  model: "", feedback: false, attention: false,
+  max_images: 8, max_image_bytes: 20 * MIB, max_body: 32 * MIB, max_pixels: 16 * MIB, max_text: 32000,
+};
 
 export class ApiError extends Error {
   constructor(status, code, message, retryAfter) {
@@ -40,8 +47,8 @@ async function call(path, { body, signal } = {}) {
   return response;
 }
 
-export async function settings() {
-  return (await call("/v1/page")).json();
+export async function settings(signal) {
+  Object.assign(config, await (await call("/v1/page", { signal })).json());
 }
 
 export async function sendOpinion(opinion) {
@@ -52,9 +59,10 @@ export async function whereItLooked(body) {
   return (await call("/v1/attention", { body })).json();
 }
 
-// Yields the answer's text as it comes; returns how it ended ("stop" or "length").
-export async function* ask(model, messages, signal) {
-  const response = await call("/v1/chat/completions", { body: { model, messages, stream: true }, signal });
+// Hands the answer's text over as it comes; returns how it ended ("stop" or "length").
+export async function ask(messages, signal, hear) {
+  const body = { model: config.model, messages, stream: true };
+  const response = await call("/v1/chat/completions", { body, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = "";
   let ended = null;
@@ -69,7 +77,7 @@ export async function* ask(model, messages, signal) {
       const { error, choices } = JSON.parse(frame.slice(6));
       if (error) throw new ApiError(0, error.code, error.message);
       const choice = choices[0];
-      if (choice?.delta.content) yield choice.delta.content;
+      if (choice?.delta.content) hear(choice.delta.content);
       ended = choice?.finish_reason ?? ended;
     }
   }

@@ -1,11 +1,11 @@
-// The page: pictures wait in `pending`, a conversation grows in `messages`, one answer runs at a time.
+// The page: pictures wait in the tray, a conversation grows in `messages`, one answer runs at a time.
 // Everything that a model or a person wrote enters the document as text, never as HTML.
 
-import { ApiError, ask, sendOpinion, settings, useKey, whereItLooked } from "/page/api.js";
-import { photograph, picture } from "/page/pictures.js";
+import { ApiError, ask, config, sendOpinion, settings, useKey, whereItLooked } from "/page/api.js";
+import { $, say, trouble } from "/page/dom.js";
 import { overlay } from "/page/overlay.js";
+import * as tray from "/page/tray.js";
 
-const $ = (selector, within = document) => within.querySelector(selector);
 const SAMPLES = [
   { file: "cat.jpg", name: "A cat", question: "What animal is this?" },
   { file: "coffee.jpg", name: "A cup of coffee", question: "What is in the cup?" },
@@ -14,97 +14,13 @@ const SAMPLES = [
 ];
 
 const WRONG_KEY = "That key does not open this server.";
-const MIB = 1 << 20;
-let config = {
-  model: "", feedback: false, attention: false,
-  max_images: 8, max_image_bytes: 20 * MIB, max_body: 32 * MIB, max_text: 32000,
-};
 let messages = [];
-let pending = [];
 let running = null;
 let attempts = 0;
+const choosing = new Set();
 
-const say = (text) => ($("#status").textContent = text);
-const trouble = (text) => ($("#trouble").textContent = text);
 const written = (m) => (Array.isArray(m.content) ? m.content.map((p) => p.text ?? "").join("") : m.content);
 const sent = () => messages.flatMap((m) => (Array.isArray(m.content) ? m.content : [])).filter((p) => p.image_url);
-
-// --- pictures ------------------------------------------------------------------------------------
-
-function thumb(item, remove) {
-  const entry = document.createElement("li");
-  const image = document.createElement("img");
-  image.src = item.url;
-  image.alt = item.name;
-  entry.append(image);
-  if (remove) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = "×";
-    button.setAttribute("aria-label", `Remove ${item.name}`);
-    button.addEventListener("click", remove);
-    entry.append(button);
-  }
-  return entry;
-}
-
-function showPending() {
-  const remove = (item) => () => {
-    pending = pending.filter((other) => other !== item);
-    showPending();
-    $("#choose").focus();
-  };
-  $("#pictures").replaceChildren(...pending.map((item) => thumb(item, remove(item))));
-}
-
-function addPicture(item) {
-  if (sent().length + pending.length >= config.max_images) {
-    trouble(`One conversation can hold ${config.max_images} pictures. Start anew for more.`);
-    return;
-  }
-  pending.push(item);
-  showPending();
-  say(`${item.name} added`);
-}
-
-// Bytes that a picture may have, so that as many as fit into one conversation fit into one request with its
-// words: as base64 they are a third larger.
-function share() {
-  return Math.min(config.max_image_bytes, Math.floor((config.max_body - MIB) / config.max_images) * 0.74);
-}
-
-async function addFiles(files) {
-  trouble("");
-  for (const file of files) {
-    try {
-      addPicture(await picture(file, share()));
-    } catch (problem) {
-      trouble(problem.message);
-    }
-  }
-}
-
-async function openCamera() {
-  trouble("");
-  const box = $("#camera-box");
-  try {
-    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-    $("#camera-view").srcObject = stream;
-    box.addEventListener("close", () => stream.getTracks().forEach((track) => track.stop()), { once: true });
-    box.showModal();
-  } catch {
-    trouble("No camera can be used here. Add a picture instead.");
-  }
-}
-
-async function takePhotograph() {
-  try {
-    addPicture(await photograph($("#camera-view"), share()));
-  } catch {
-    trouble("The camera has not shown a picture yet.");
-  }
-  $("#camera-box").close();
-}
 
 // --- the conversation ------------------------------------------------------------------------------
 
@@ -119,22 +35,37 @@ function askNow(event) {
   const words = $("#question").value.trim();
   if (running) return;
   if (!words) return trouble("Type a question first.");
-  if (!pending.length && !sent().length) return trouble("Add a picture first.");
+  if (tray.unready()) return;
+  if (!tray.waiting() && !sent().length) return trouble("Add a picture first.");
   if ([...messages.map(written), words].join("").length > config.max_text) {
     return trouble(`One conversation can hold ${config.max_text} characters. Ask in fewer words, or start anew.`);
   }
   trouble("");
+  goOn();
+  const pictures = tray.take();
   const turn = fromTemplate("question-template");
-  $(".thumbs", turn).replaceChildren(...pending.map((item) => thumb(item)));
+  $(".thumbs", turn).replaceChildren(...pictures.map((item) => tray.thumb(item)));
   $(".words", turn).textContent = words;
-  const parts = pending.map((item) => ({ type: "image_url", image_url: { url: item.url } }));
+  const parts = pictures.map((item) => ({ type: "image_url", image_url: { url: item.url } }));
   messages.push({ role: "user", content: [...parts, { type: "text", text: words }] });
-  pending = [];
-  showPending();
   $("#question").value = "";
   $("#samples").hidden = true;
   $("#fresh").hidden = false;
-  answer(fromTemplate("answer-template"));
+  answer(fromTemplate("answer-template"), { words, pictures });
+}
+
+// What failed before can no longer be asked in its place.
+function goOn() {
+  for (const button of document.querySelectorAll(".again, .change")) button.hidden = true;
+}
+
+function takeBack({ words, pictures }) {
+  goOn();
+  trouble("");
+  pictures.forEach(tray.put);
+  const field = $("#question");
+  if (!field.value.trim()) field.value = words;
+  field.focus();
 }
 
 // A button that hides takes the keyboard's place with it: it goes to Stop, then back to the question.
@@ -146,54 +77,55 @@ function busy(controller) {
   if (held?.closest("[hidden]")) $(controller ? "#stop" : "#question").focus({ preventScroll: true });
 }
 
-async function answer(turn) {
+async function answer(turn, question) {
   const asked = [...messages];
   const controller = new AbortController();
   const words = $(".words", turn);
   words.textContent = "";
-  $(".note", turn).hidden = $(".tools", turn).hidden = true;
+  $(".note", turn).hidden = $(".cut", turn).hidden = $(".tools", turn).hidden = true;
   turn.setAttribute("aria-busy", "true");
   turn.scrollIntoView({ block: "nearest" });
   busy(controller);
   say("Answering");
   let problem = null;
+  let ended = null;
   try {
-    for await (const text of ask(config.model, asked, controller.signal)) {
-      words.textContent += text;
-    }
+    if (!config.model) await getSettings(controller.signal);
+    ended = await ask(asked, controller.signal, (text) => (words.textContent += text));
   } catch (caught) {
     problem = caught;
   }
   turn.removeAttribute("aria-busy");
   if (running === controller) busy(null);
   if (asked.at(-1) !== messages.at(-1)) return; // started anew meanwhile
-  finish(turn, asked, words.textContent, problem);
+  finish(turn, question, asked, words.textContent, problem, ended);
 }
 
-function finish(turn, asked, text, problem) {
+function showNote(turn, text, problem, ended) {
   const note = $(".note", turn);
+  const cut = $(".cut", turn);
+  if (problem) note.textContent = problem.name === "AbortError" ? "Stopped." : problem.message;
+  else if (!text) note.textContent = "No answer.";
+  note.hidden = !problem && text !== "";
+  cut.hidden = !note.hidden || ended !== "length";
+  say(note.hidden ? `Answer: ${text}${cut.hidden ? "" : `\n${cut.textContent}`}` : note.textContent);
+}
+
+function finish(turn, question, asked, text, problem, ended) {
   const stopped = problem?.name === "AbortError";
-  if (!problem && !text) {
-    note.textContent = "No answer.";
-    note.hidden = false;
-  }
-  if (problem) {
-    note.textContent = stopped ? "Stopped." : problem.message;
-    note.hidden = false;
-    if (problem instanceof ApiError && problem.status === 401) askForKey(WRONG_KEY);
-  }
+  if (problem instanceof ApiError && problem.status === 401) askForKey(config.model ? WRONG_KEY : "");
   const whole = !problem || (stopped && text);
   // A question that failed leaves the conversation, so that what was wrong with it does not spoil the next.
   // One that got no words stays, for its pictures.
   if (!whole) messages.pop();
   else if (text) messages.push({ role: "assistant", content: text });
-  const again = $(".again", turn);
-  again.hidden = whole || problem.code === "invalid_image";
-  again.onclick = () => {
-    if (running || messages.length !== asked.length - 1) return;
+  $(".again", turn).hidden = whole || problem.code === "invalid_image";
+  $(".again", turn).onclick = () => {
     messages.push(asked.at(-1));
-    answer(turn);
+    answer(turn, question);
   };
+  $(".change", turn).hidden = whole;
+  $(".change", turn).onclick = () => takeBack(question);
   $(".tools", turn).hidden = false;
   $(".copy", turn).hidden = !text;
   $(".copy", turn).onclick = () => copy(text);
@@ -204,7 +136,7 @@ function finish(turn, asked, text, problem) {
   const look = $(".look", turn);
   look.hidden = !(config.attention && whole && text);
   look.onclick = () => showLook(turn, asked, text);
-  say(note.hidden ? `Answer: ${text}` : note.textContent);
+  showNote(turn, text, problem, ended);
 }
 
 async function copy(text) {
@@ -220,8 +152,7 @@ function startAnew() {
   running?.abort();
   busy(null);
   messages = [];
-  pending = [];
-  showPending();
+  tray.empty();
   trouble("");
   $("#talk").replaceChildren();
   $("#samples").hidden = false;
@@ -233,6 +164,7 @@ function startAnew() {
 
 function openOpinion(turn, asked, text, verdict) {
   const form = $(".opinion", turn);
+  if (form.ariaBusy) return;
   const field = $("input", form);
   for (const name of ["up", "down"]) $(`.${name}`, turn).setAttribute("aria-pressed", String(name === verdict));
   $(".correct", form).hidden = verdict === "up";
@@ -244,11 +176,14 @@ function openOpinion(turn, asked, text, verdict) {
     $(`.${verdict}`, turn).focus();
   };
   $(".cancel", form).onclick = () => {
+    if (form.ariaBusy) return;
     $(`.${verdict}`, turn).setAttribute("aria-pressed", "false");
     close();
   };
   form.onsubmit = async (event) => {
     event.preventDefault();
+    if (form.ariaBusy) return; // pressed twice: one opinion
+    form.ariaBusy = "true";
     const correction = verdict === "down" ? field.value.trim() || null : null;
     const thanks = $(".thanks", turn);
     try {
@@ -259,6 +194,7 @@ function openOpinion(turn, asked, text, verdict) {
     } catch (problem) {
       thanks.textContent = problem.message;
     }
+    form.ariaBusy = null;
     thanks.hidden = false;
     say(thanks.textContent);
   };
@@ -291,15 +227,17 @@ function askForKey(note) {
   $("#key").focus();
 }
 
+async function getSettings(signal) {
+  await settings(signal);
+  $("#model").textContent = config.model;
+  $("#key-form").hidden = true;
+}
+
 // Of several attempts, as when a second key is typed before the first is refused, the last one counts.
 async function connect() {
   const attempt = ++attempts;
   try {
-    const found = await settings();
-    if (attempt !== attempts) return;
-    config = { ...config, ...found };
-    $("#model").textContent = config.model;
-    $("#key-form").hidden = true;
+    await getSettings();
   } catch (problem) {
     if (attempt !== attempts) return;
     if (problem.status === 401) askForKey(attempt > 1 ? WRONG_KEY : "");
@@ -307,23 +245,30 @@ async function connect() {
   }
 }
 
+// A second click on the same sample adds nothing, and none changes a question that was typed.
+async function choose({ file, name, question }) {
+  if (choosing.has(name)) return;
+  choosing.add(name);
+  const there = tray.holds(name) || (await tray.addSample(file, name));
+  choosing.delete(name);
+  if (!there) return;
+  const field = $("#question");
+  if (!field.value.trim() || SAMPLES.some((sample) => sample.question === field.value)) field.value = question;
+  field.focus();
+}
+
 function showSamples() {
-  const entries = SAMPLES.map(({ file, name, question }) => {
+  const entries = SAMPLES.map((sample) => {
     const entry = document.createElement("li");
     const button = document.createElement("button");
     button.type = "button";
     const image = document.createElement("img");
-    image.src = `/page/samples/${file}`;
+    image.src = `/page/samples/${sample.file}`;
     image.alt = "";
     const words = document.createElement("span");
-    words.textContent = name;
+    words.textContent = sample.name;
     button.append(image, words);
-    button.addEventListener("click", async () => {
-      const blob = await (await fetch(image.src)).blob();
-      await addFiles([new File([blob], name, { type: blob.type })]);
-      $("#question").value = question;
-      $("#question").focus();
-    });
+    button.addEventListener("click", () => choose(sample));
     entry.append(button);
     return entry;
   });
@@ -338,14 +283,11 @@ function listen() {
   $("#stop").addEventListener("click", () => running?.abort());
   $("#fresh").addEventListener("click", startAnew);
   $("#choose").addEventListener("click", () => $("#files").click());
-  $("#files").addEventListener("change", async (event) => {
-    await addFiles([...event.target.files]);
-    event.target.value = "";
+  $("#files").addEventListener("change", (event) => {
+    const files = [...event.target.files];
+    event.target.value = ""; // so that the same file can be chosen again
+    tray.addFiles(files);
   });
-  $("#camera").hidden = !navigator.mediaDevices?.getUserMedia;
-  $("#camera").addEventListener("click", openCamera);
-  $("#camera-take").addEventListener("click", takePhotograph);
-  $("#camera-cancel").addEventListener("click", () => $("#camera-box").close());
   $("#key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const usable = useKey($("#key").value.trim());
@@ -357,10 +299,11 @@ function listen() {
     const files = [...event.clipboardData.files];
     if (files.length) {
       event.preventDefault();
-      addFiles(files);
+      tray.addFiles(files);
     }
   });
   listenToDrops();
+  tray.listenToCamera();
 }
 
 function listenToDrops() {
@@ -377,10 +320,11 @@ function listenToDrops() {
     document.body.classList.remove("dropping");
     if (!carriesFiles(event)) return;
     event.preventDefault();
-    addFiles([...event.dataTransfer.files]);
+    tray.addFiles([...event.dataTransfer.files]);
   });
 }
 
+tray.countWith(() => sent().length);
 listen();
 showSamples();
 connect();

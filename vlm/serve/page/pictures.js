@@ -34,21 +34,22 @@ async function redraw(bitmap, most) {
   return blob;
 }
 
-// Files of the four kinds go as they are where they have at most so many bytes; others are drawn anew as a
-// JPEG of at most 2048 pixels a side.
-export async function picture(file, most) {
+// Files of the four kinds go as they are where they have at most so many bytes and pixels; others are drawn
+// anew as a JPEG of at most 2048 pixels a side.
+export async function picture(file, { bytes, pixels }) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
     throw new Error(`${file.name || "That"} is not a picture that can be read. Use JPEG, PNG, WebP or GIF.`);
   }
-  const blob = KINDS.has(file.type) && file.size <= most ? file : await redraw(bitmap, most);
+  const fits = KINDS.has(file.type) && file.size <= bytes && bitmap.width * bitmap.height <= pixels;
+  const blob = fits ? file : await redraw(bitmap, bytes);
   bitmap.close();
   return { name: file.name || "picture", url: await read(blob) };
 }
 
-export async function photograph(video, most) {
+export async function photograph(video, { bytes }) {
   const bitmap = await createImageBitmap(video);
-  return { name: "photograph", url: await read(await redraw(bitmap, most)) };
+  return { name: "photograph", url: await read(await redraw(bitmap, bytes)) };
 }
