@@ -7,11 +7,12 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from vlm.data.convert.common import read_text
+from vlm.data.convert.common import IMAGE_SUFFIXES, read_text
 from vlm.data.rows import (
+    IMAGE_COLUMNS,
     KNOWN_COLUMNS,
     BadRow,
     Find,
@@ -28,13 +29,16 @@ from vlm.errors import DataError
 METADATA = ("metadata.jsonl", "metadata.csv")
 CELL_LIMIT = 1 << 24
 DELIMITERS = (",", ";", "\t")
+MANY_LINES = 10
+"""So many lines of a cell that look like rows are no text."""
 Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 
 
 def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] = ()) -> Rows:
     """(place, row) of a CSV text with a header; columns of one name (five "caption"s) become a list.
 
-    A place is the line that a row begins in. `columns` are those of a text without header.
+    A place is the line that a row begins in; where a quote is not closed every line that it takes is a
+    `BadRow`. `columns` are those of a text without header.
 
     Raises:
         DataError: there is no header.
@@ -53,25 +57,64 @@ def csv_rows(text: str, name: str, delimiter: str = ",", columns: Sequence[str] 
     if not any(header):
         raise DataError(f"{name} has no header row (file_name,text or file_name,question,answer)")
     while True:
-        place = f"{name}:{before + reader.line_num + 1}"
+        first = before + reader.line_num + 1
+        place = f"{name}:{first}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield place, BadRow(place, "not CSV", str(error))
+            last = before + reader.line_num
+            yield from _broken(name, first, last) if last > first else (
+                (place, BadRow(place, "not CSV", str(error))),
+            )  # fmt: skip
             continue
         if cells is None:
             return
         if not any(cell.strip() for cell in cells):
             continue
-        if len(cells) != len(header):
+        if _swallowed(cells, header, delimiter):
+            yield from _broken(name, first, before + reader.line_num)
+        elif len(cells) != len(header):
             yield place, BadRow(place, "wrong number of cells", f"{len(cells)} instead of {len(header)}")
-            continue
-        row: dict[str, Any] = {}
-        for column, cell in zip(header, cells, strict=True):
-            row[column] = [*row[column], cell] if isinstance(row.get(column), list) else (
-                [row[column], cell] if column in row else cell
-            )  # fmt: skip
-        yield place, row
+        else:
+            yield place, _by_column(header, cells)
+
+
+def _by_column(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    """The row as column -> cell; those of columns that share a name are a list."""
+    row: dict[str, Any] = {}
+    for column, cell in zip(header, cells, strict=True):
+        row[column] = [*row[column], cell] if isinstance(row.get(column), list) else (
+            [row[column], cell] if column in row else cell
+        )  # fmt: skip
+    return row
+
+
+def _broken(name: str, first: int, last: int) -> Rows:
+    """A `BadRow` for each line that a broken quote took: each may have been a row."""
+    why = f"lines {first} to {last} read as one row"
+    for place in (f"{name}:{line}" for line in range(first, last + 1)):
+        yield place, BadRow(place, "quote is not closed", why)
+
+
+def _swallowed(cells: Sequence[str], header: Sequence[str], delimiter: str) -> bool:
+    """Whether a cell of several lines holds rows: its quote is not closed, and that of a later row ends it.
+
+    A line is a row if it has as many cells as the header and names a picture where this row does; where none
+    is named, nearly all of many lines must have as many cells.
+    """
+    if len(header) < 2 or not any("\n" in cell or "\r" in cell for cell in cells):
+        return False
+    column = next((n for n, name in enumerate(header) if known_column(name) in IMAGE_COLUMNS), len(header))
+    own = PurePath(cells[column].strip()).suffix.lower() if column < len(cells) else ""
+    kinds = {*IMAGE_SUFFIXES, own} - {""}
+    for cell in cells:
+        lines = re.split(r"\r\n?|\n", cell)[1:]
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if len(row) == len(header)]
+        if any(PurePath(cell.strip()).suffix.lower() in kinds for row in rows for cell in row[column:][:1]):
+            return True
+        if len(rows) >= max(MANY_LINES, 0.9 * len(lines)):
+            return True
+    return False
 
 
 def _delimiter(text: str, usual: str) -> str:

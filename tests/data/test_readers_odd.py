@@ -17,6 +17,7 @@ from PIL import Image
 from vlm.config import CAPTION_PROMPT
 from vlm.data.readers import Reading, read_source
 from vlm.data.streams import hub_name
+from vlm.data.tables import whole_csv
 from vlm.errors import DataError
 
 Save = Callable[..., Path]
@@ -291,3 +292,59 @@ def test_everything_after_the_first_dot_is_a_members_column(
             ((png(2),), CAPTION_PROMPT, ("a box",)),
         ]
         assert dict(reading.causes) == {"no picture column": 1}
+
+
+@pytest.mark.parametrize("end", ['{},a 24" desk', '{},24"', '{},"a desk"', '{},24""'])
+def test_every_line_that_an_open_quote_takes_is_a_bad_row(root: Path, end: str) -> None:
+    names = [f"p{n % 3}.png" for n in range(40)]
+    lines = [f"{name},a desk" for name in names]
+    lines[10], lines[29] = f'{names[10]},"desk', end.format(names[29])
+    last = 41 if end.endswith('""') else 31
+    (root / "metadata.csv").write_text("\n".join(["file_name,text", *lines]) + "\n", encoding="utf-8")
+    reading = read_source(root)
+    assert len(reading.examples) == 51 - last
+    assert dict(reading.causes) == {"quote is not closed": last - 11}
+    assert str(reading.bad[0]) == (
+        f"metadata.csv:12: quote is not closed (lines 12 to {last} read as one row)"
+    )
+    with pytest.raises(DataError, match="at most 1% may be"):
+        reading.checked()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'file_name,text\np0.png,"a desk\np1.png,24"\np2.png,a bed\n',
+        'text,file_name\n"a desk,p0.png\n24"" desk,p1.png"\na bed,p2.png\n',
+        'file_name,text\np0.png,"a desk\np1.png,"24"\np2.png,a bed\n',
+    ],
+)
+def test_one_row_that_an_open_quote_takes_is_seen(root: Path, text: str) -> None:
+    (root / "metadata.csv").write_text(text)
+    reading = read_source(root)
+    assert said(reading) == [("a bed",)]
+    assert [row.where for row in reading.bad] == ["metadata.csv:2", "metadata.csv:3"]
+
+
+def test_rows_without_picture_names_that_an_open_quote_takes_are_seen(tmp_path: Path) -> None:
+    lines = [f"{n},yes" for n in range(30)]
+    lines[5], lines[25] = '5,"yes', '25,no"'
+    (tmp_path / "answers.csv").write_text("\n".join(["question_id,answer", *lines]))
+    with pytest.raises(DataError, match=r"answers\.csv:7: quote is not closed \(lines 7 to 27 "):
+        whole_csv(tmp_path / "answers.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a bed, wide\nand a desk, small",
+        "\n".join(["a line, and more"] * 9),
+        "p1.jpg\n\nand p1.png, too, with",
+        "x\ny",
+    ],
+)
+def test_a_text_over_several_lines_is_no_open_quote(root: Path, text: str) -> None:
+    (root / "metadata.csv").write_text(f'file_name,text\r\np0.png,"{text}"\r\np1.png,a bed\r\n', newline="")
+    reading = read_source(root)
+    assert not reading.bad
+    assert said(reading) == [(text,), ("a bed",)]
