@@ -75,6 +75,9 @@ def limits() -> Iterator[tuple[int, BodyLimit]]:
 @pytest.fixture
 def port(limits: tuple[int, BodyLimit]) -> Iterator[int]:
     yield limits[0]
+    patience = time.monotonic() + 5  # that a client has hung up is noticed a moment later
+    while limits[1].ledger.held and time.monotonic() < patience:
+        time.sleep(0.01)
     assert limits[1].ledger.held == 0, "bytes of a body are still counted"
 
 

@@ -66,9 +66,7 @@ def die_before_call(number: int) -> None:
 
     for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
         counted(name)
-    from vlm.train import loop
-
-    loop.save_state = watched
+    state.save_state = watched
 
 
 def child(recipe: str, kind: str, number: int | None) -> int:
