@@ -262,8 +262,12 @@ def _no_table(folder: Path, tables: list[Path]) -> str:
     return f"{none}: write a metadata.csv with the columns file_name and text, or file_name, question, answer"
 
 
-def _whole_part(reading: Reading, split: str) -> Reading:
-    """A source with one part only: `train` is all of it, `train-rest` and `dev` its two parts by image."""
+def divided(reading: Reading, split: str) -> Reading:
+    """A source with one part only: `train` is all of it, `train-rest` and `dev` its two parts by image.
+
+    Raises:
+        DataError: its test part is asked for, or it has fewer than two pictures.
+    """
     if split == "test":
         raise NoPartError(f"{reading.source} has one part only; it cannot be asked for its test part")
     if split != "train":
@@ -300,7 +304,7 @@ def read_source(
         return reading
     if not divide:
         raise NoPartError(f"{source} has one part only, so no {split}: ask for train, which is all of it")
-    return _whole_part(reading, split)
+    return divided(reading, split)
 
 
 def _read(source: str | Path, split: str, shard: Shard, pictures: bool) -> Reading:

@@ -24,6 +24,7 @@ from typing import Any
 
 from vlm.config import CAPTION_PROMPT
 from vlm.conversation import ImageSlot, ImageSource, Turn
+from vlm.data.convert.common import each_once
 from vlm.data.example import Example
 
 IMAGE_COLUMNS = (
@@ -34,6 +35,7 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "description", "sentenc
 QUESTION_COLUMNS = ("question", "query")
 ANSWER_COLUMNS = ("answers", "answer", "multiple_choice_answer", "response")
 SEVERAL = frozenset(("answers", "captions", "sentences"))
+ONE_OR_SEVERAL = frozenset(("answer", "caption", "text"))
 TALK_COLUMNS = ("conversations", "messages", "conversation")
 ID_COLUMNS = ("id", "question_id", "__key__")
 KNOWN_COLUMNS = frozenset(
@@ -44,6 +46,8 @@ ROLES = {
     "system": "system", "developer": "system",
 }  # fmt: skip
 PLACEHOLDER = "<image>"
+_LIST = re.compile(r"\s*\[")
+_QUOTED_LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*$""", re.DOTALL)
 
 Find = Callable[[Any], ImageSource]
 
@@ -80,13 +84,14 @@ class RowError(Exception):
         self.detail = detail
 
 
-def load_json(text: str) -> Any:
+def load_json(text: str, *, once: bool = False) -> Any:
     """JSON with its numbers left as they are written ("1.50" stays "1.50").
 
     Raises:
-        json.JSONDecodeError: it is not JSON.
+        json.JSONDecodeError: it is not JSON, or (`once`) an object has a key twice.
     """
-    return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    pairs = each_once if once else None
+    return json.loads(text, object_pairs_hook=pairs, parse_int=str, parse_float=str, parse_constant=str)
 
 
 def as_text(value: Any) -> str:
@@ -113,18 +118,22 @@ def _texts(value: Any) -> list[str]:
     """The non-empty texts of a cell: one, several, or annotators' answers as {"answer": ...}."""
     items = value if isinstance(value, list | tuple) else [value]
     inner = [item.get("answer", item.get("raw", "")) if isinstance(item, Mapping) else item for item in items]
+    if nested := next((item for item in inner if isinstance(item, list | tuple | Mapping)), None):
+        raise RowError("no text", str(nested)[:60])
     return [text for text in (as_text(item).strip() for item in inner) if text]
 
 
 def _told(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The texts of the first column that has any.
 
-    A table of plain text holds several as a JSON list, in a column whose name says that they are several. A
-    list as Python prints it is refused: it would be learnt with its brackets.
+    A table of plain text holds several as a JSON list: in a column whose name says that they are several, and
+    of quoted texts in one whose name leaves it open ("[0.1, 0.2]" is one answer there). A list as Python
+    prints it is refused: it would be learnt with its brackets.
     """
     for name in names:
         value = row.get(name)
-        if name in SEVERAL and isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        form = _LIST if name in SEVERAL else _QUOTED_LIST if name in ONE_OR_SEVERAL else None
+        if form and isinstance(value, str) and form.match(value):
             try:
                 value = load_json(value)
             except (json.JSONDecodeError, RecursionError):
@@ -132,6 +141,14 @@ def _told(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         if found := _texts(value):
             return found
     return []
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """The question; empty where there is none."""
+    value = _first(row, QUESTION_COLUMNS)
+    if isinstance(value, list | tuple | Mapping):
+        raise RowError("question is no text", str(value)[:60])
+    return as_text(value).strip()
 
 
 def _images(row: Mapping[str, Any], find: Find) -> tuple[ImageSource, ...]:
@@ -261,14 +278,6 @@ def _from_talk(
     return examples
 
 
-def _require_whole(text: str) -> None:
-    """Raises:
-    RowError: half a character stands in it (a lone surrogate), which no file and no tokenizer takes.
-    """
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise RowError("half a character", text.encode("utf-8", "backslashreplace").decode()[:60])
-
-
 def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
     """The examples of one row: one, one per assistant turn of a conversation, or a question and a caption.
 
@@ -284,9 +293,9 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
         RowError: the row cannot be used.
     """
     found = _examples(_by_known_names(row), where, find)
-    for example in found:
-        for text in (*(turn.text for turn in example.turns), *example.answers):
-            _require_whole(text)
+    for text in (t for e in found for t in (*(turn.text for turn in e.turns), *e.answers)):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # neither a file nor a tokenizer takes it
+            raise RowError("half a character", text.encode("utf-8", "backslashreplace").decode()[:60])
     return found
 
 
@@ -304,7 +313,7 @@ def _examples(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
         return []
     slots = tuple(ImageSlot(i) for i in range(len(images)))
     captions = _told(row, CAPTION_COLUMNS)
-    question = as_text(_first(row, QUESTION_COLUMNS)).strip()
+    question = _asked(row)
     if not images:
         if question and not captions and any(row.get(name, "") in (None, []) for name in IMAGE_COLUMNS):
             return []
@@ -338,7 +347,8 @@ def picture_finder(
 ) -> Find:
     """Cells of a picture column that are paths relative to `base` (or absolute), bytes, or both.
 
-    `needed=False`: paths are not looked up. `elsewhere` finds those that do not lie where they should.
+    `needed=False`: files that are not there stay as they are named. `elsewhere` finds those that do not lie
+    where they should.
 
     Question sets hold a picture once for each of its questions, side by side: the bytes are kept once.
     """
@@ -356,10 +366,10 @@ def picture_finder(
             raise RowError("no picture named")
         if "://" in name:
             raise RowError("picture is a web address", name[:80])
-        path = existing(base, name) or elsewhere(name) if needed else base / name
-        if path is None:
+        path = existing(base, name) or elsewhere(name)
+        if path is None and needed:
             raise RowError("picture missing", name[:80])
-        return path
+        return path or base / name
 
     return find
 

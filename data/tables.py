@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlm.data.convert.common import IMAGE_SUFFIXES, read_text
+from vlm.data.example import Example
 from vlm.data.rows import (
     IMAGE_COLUMNS,
     KNOWN_COLUMNS,
@@ -153,9 +154,10 @@ def jsonl_rows(text: str, name: str) -> Rows:
             continue
         place = f"{name}:{number}"
         try:
-            row = load_json(line)
+            row = load_json(line, once=True)
         except (json.JSONDecodeError, RecursionError) as error:
-            yield place, BadRow(place, "not JSON", str(error))
+            deep = isinstance(error, RecursionError)
+            yield place, BadRow(place, "not JSON", "nested too deeply" if deep else str(error))
             continue
         yield place, row if isinstance(row, dict) else BadRow(place, "not a JSON object", line[:60])
 
@@ -176,12 +178,25 @@ def to_examples(rows: Rows, pictures: Path | Find) -> Iterator[Item]:
             continue
         try:
             examples = examples_from_row(row, place, find)
+            _whole_characters(examples, place)
         except RowError as error:
             yield BadRow(place, error.cause, error.detail)
             continue
         yield from examples
         if not examples:
             yield TextRow(place)
+
+
+def _whole_characters(examples: Sequence[Example], place: str) -> None:
+    """Raises:
+    RowError: a text holds half a character (JSON can escape one), which can be neither read nor written.
+    """
+    ids = [each.id for each in examples if not each.id.startswith(place)]
+    texts = [text for each in examples for text in (*(turn.text for turn in each.turns), *each.answers)]
+    try:
+        "".join((*ids, *texts)).encode()
+    except UnicodeEncodeError as error:
+        raise RowError("half a character", repr(error.object[error.start])) from None
 
 
 def text_rows(path: Path, text: str | None = None) -> Rows:

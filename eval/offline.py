@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     block = {
         "version": report.VERSION,
         "task": task.name,
-        "split": task.canonical(args.split),
+        "split": task.part_name(args.data, args.split),
         "n": len(examples),
         "comparable": True,
         "main_metric": scores.main,

@@ -93,7 +93,7 @@ def items(
         row: dict[str, Any] = {
             "id": example.id,
             "key": official_id(example),
-            "images": [str(image) for image in example.images if isinstance(image, str | Path)],
+            "images": [_spelled(image) for image in example.images if isinstance(image, str | Path)],
             "question": question(example),
             "references": list(example.answers),
             "answer": answer,
@@ -108,6 +108,11 @@ def items(
             row |= {"logprob": said.logprob, "confidence": said.confidence, "margin": said.margin}
         rows.append(_plain(row))
     return rows
+
+
+def _spelled(path: str | Path) -> str:
+    """A path; bytes of it that are no UTF-8 are spelled out, as the file of items holds text."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def write_items(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -129,7 +129,7 @@ class Session:
         """
         if self._train is None:
             try:
-                split = self.task.train_for(self.args.split)
+                split = self.task.train_for(self.args.split, self.args.data)
                 self._train = self.task.examples(self.args.data, split, pictures=self.args.shots > 0)
             except VLMError as error:
                 self._train = error
@@ -180,7 +180,7 @@ class Session:
         block: dict[str, Any] = {
             "version": report.VERSION,
             "task": self.task.name,
-            "split": self.task.canonical(self.args.split),
+            "split": self.task.part_name(self.args.data, self.args.split),
             "n": len(self.examples),
             "comparable": self.whole,
             "limit": None if self.whole else self.args.limit,

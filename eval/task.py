@@ -75,6 +75,8 @@ class Task:
         main: the name of the main metric, the first of `score`'s.
         score: examples and their answers, in the same order -> scores.
         split: the split that is meant when none is named; `splits` all of them.
+        part: (folder, split) -> what a report calls the split there; two splits of one name are one,
+            as a folder of one's own need not have every part.
         hidden: those of `splits` whose answers the benchmark keeps: `read` may give examples without any,
             which are asked about and written down for its server, but not scored (see `unscored`).
         train: the split for the question-only prior and for shots; None where there is none.
@@ -99,6 +101,7 @@ class Task:
     score: Scorer
     split: str
     splits: tuple[str, ...]
+    part: Callable[[Path | None, str], str] = lambda root, split: split
     hidden: tuple[str, ...] = ()
     train: str | None = "train"
     chance: Callable[[Sequence[Example]], float | None] = lambda examples: None
@@ -174,8 +177,12 @@ class Task:
         except DataError:
             return chosen
 
-    def train_for(self, split: str | None) -> str:
-        """The training split that shares nothing with the split that is evaluated.
+    def part_name(self, root: Path | None, split: str | None) -> str:
+        """What a report calls the split of this folder."""
+        return self.part(root, self.canonical(split))
+
+    def train_for(self, split: str | None, root: Path | None = None) -> str:
+        """The training split that shares nothing with the split that is evaluated, of this folder if any.
 
         Raises:
             DataError: there is none; the message is the reason that a report gives.
@@ -186,7 +193,13 @@ class Task:
         if chosen in (self.train, "train-rest", "all"):
             raise DataError("the training split itself is evaluated")
         # Where dev is set aside from the official training part, the whole part would hold its answers.
-        return "train-rest" if chosen == "dev" and "train-rest" in self.splits else self.train
+        train = "train-rest" if chosen == "dev" and "train-rest" in self.splits else self.train
+        if root is not None and self.part(root, chosen) == self.part(root, train):
+            raise DataError(
+                f"{root} has no training split: its one table is what is evaluated; give training rows a "
+                f"folder of their own, {root / 'train'}"
+            )
+        return train
 
     def scores(self, examples: Sequence[Example], answers: Sequence[str], *, java: bool = True) -> Scores:
         """What `answers`, in the examples' order, are worth; no scores but a reason where nobody can know."""

@@ -49,6 +49,26 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+class TwiceError(json.JSONDecodeError):
+    """A key stands twice in one object: which of the two values is meant, nobody knows."""
+
+    def __str__(self) -> str:
+        return self.msg
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for `json.loads`.
+
+    Raises:
+        TwiceError: a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise TwiceError(f"the key {key!r} stands twice in one object", "", 0)
+    return found
+
+
 def parse_json(text: str, where: str | Path, *, words: bool = False) -> Any:
     """JSON that says everything once and can be written down again.
 
@@ -60,20 +80,15 @@ def parse_json(text: str, where: str | Path, *, words: bool = False) -> Any:
         DataError: it is not JSON or nested too deeply, an object has a key twice, a character is half of one.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise DataError(f"{where}: the key {key!r} stands twice in one object")
-        return found
-
     kinds: dict[str, Any] = (
         dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str) if words else {}
     )
     try:
-        found = json.loads(text, object_pairs_hook=once, **kinds)
+        found = json.loads(text, object_pairs_hook=each_once, **kinds)
         if _ESCAPED_HALF.search(text):
             json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except TwiceError as error:
+        raise DataError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         place = f" (line {error.lineno})" if "\n" in text.strip() else ""
         raise DataError(f"{where} is not JSON: {error.msg}{place}") from None

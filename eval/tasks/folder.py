@@ -3,140 +3,137 @@
 `folder-caption` wants the columns file_name and caption (or text; several rows a picture, or a list, are its
 references); `folder-vqa` file_name, question and answer (or answers, a JSON list), and takes question_type.
 Metadata may lie in a subfolder called after the split (`val` and `validation` mean dev). The folder's own is
-read for every split that has none, but never for training: it is what is evaluated. Without metadata `--data`
-may be anything that `vlm.data` reads: CSV, JSONL, COCO or LLaVA JSON, Parquet, WebDataset shards, a hub id.
+read for the splits that have none: whole for `test` and `all`, and as training divides it for `dev` (a fifth
+of the pictures) and `train-rest`. Without metadata `--data` may be any other source: CSV, JSONL, COCO or
+LLaVA JSON, Parquet, WebDataset shards, a hub id. All is read by `vlm.data`, as for training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 from vlm.config import CAPTION_DECODING, CAPTION_PROMPT
-from vlm.data.convert.common import make_example, parse_json, parse_json_lines, read_text
 from vlm.data.example import Example
-from vlm.data.readers import read_source
-from vlm.data.rows import as_text
-from vlm.data.streams import SPLIT_NAMES
-from vlm.data.tables import metadata_file, whole_csv
+from vlm.data.readers import Reading, divided, part_folders, read_source
+from vlm.data.splits import image_key
+from vlm.data.tables import metadata_file
 from vlm.errors import DataError
 from vlm.eval.scorers import caption_scores, exact, item_scores, vqa_metrics
 from vlm.eval.task import Task, question
 
+DIVIDED = ("dev", "train-rest")
+SPLITS = ("train", "train-rest", "dev", "test", "all")
 
-def metadata_of(root: Path, split: str) -> Path | None:
-    """The metadata that has the split; None where this is no image folder.
 
-    Raises:
-        DataError: training rows are asked for, and the folder has none but those that are evaluated.
+def table_folder(root: Path, split: str) -> tuple[Path | None, bool]:
+    """The image folder that has the split, and whether the split is one of two parts that it is divided into.
+
+    None where there is no such folder: another source, or a part that is not there.
     """
-    for name in SPLIT_NAMES.get(split, ()):
-        if (found := metadata_file(root / name)) is not None:
-            return found
-    whole = metadata_file(root)
-    if whole is not None and split == "train":
-        raise DataError(
-            f"{root} has no training split: its one {whole.name} is what is evaluated; "
-            f"give training rows a folder of their own, {root / 'train'}"
-        )
-    return whole
+    if not root.is_dir():
+        return None, False
+    below = part_folders(root)
+    own = below.get("train" if split == "train-rest" else split)
+    if metadata_file(root):
+        return (own, False) if own else (root, split in DIVIDED)
+    if split in DIVIDED and "dev" not in below:
+        return below.get("train"), True
+    return own, False
 
 
-def elsewhere(root: Path, split: str, pictures: bool) -> list[Example]:
-    """The examples of any other source.
+def part_name(root: Path | None, split: str) -> str:
+    """`all` for a split that is all of a folder's own table; else its name."""
+    if root is None:
+        return split
+    root = root.expanduser()
+    place, part = table_folder(root, split)
+    return "all" if place == root and not part else split
 
-    Raises:
-        DataError: a row that cannot be used; in an evaluation none is left out.
+
+def _sound(root: Path, reading: Reading) -> Reading:
+    """Raises:
+    DataError: a row cannot be used; in an evaluation none is left out.
     """
-    reading = read_source(root, "train" if split == "all" else split, divide=False, pictures=pictures)
     if reading.bad:
-        raise DataError(f"{root}: {len(reading.bad)} rows cannot be used, the first: {reading.bad[0]}")
+        raise DataError(
+            f"{root}: {len(reading.bad)} rows cannot be used, and an evaluation leaves none out; "
+            f"the first: {reading.bad[0]}"
+        )
     reading.log_left_out()
-    return reading.examples
+    return reading
 
 
-def rows(path: Path) -> list[Mapping[str, Any]]:
-    """The metadata's rows; values are texts as they stand ("007", "1.50").
+def read(root: Path, split: str, pictures: bool, *, captions: bool) -> list[Example]:
+    """The captions of a split, or its questions, by ids that do not depend on how the folder is divided.
 
     Raises:
-        DataError: a line that cannot be read, a row without file_name.
+        DataError: a row cannot be used, or there are only rows of the other kind.
     """
-    csv = path.suffix == ".csv"
-    found = whole_csv(path) if csv else parse_json_lines(read_text(path), path, words=True)
-    for number, row in enumerate(found, start=1):
-        if not isinstance(row, Mapping) or not row.get("file_name") or not isinstance(row["file_name"], str):
-            raise DataError(f"{path}, entry {number}: no file_name")
+    root = root.expanduser()
+    place, part = table_folder(root, split)
+    if place is None:
+        whole = "train" if split == "all" else split
+        reading = _sound(root, read_source(root, whole, divide=split in DIVIDED, pictures=pictures))
+    else:
+        # A folder is divided by its pictures, copies under other names told by their bytes.
+        reading = _sound(place, read_source(place, "train", divide=False, pictures=pictures or part))
+        reading.examples = (_captions if captions else _questions)(reading.examples, place, split)
+        reading = divided(reading, split) if part else reading
+    found = [each for each in reading.examples if (question(each) == CAPTION_PROMPT) == captions]
+    if reading.examples and not found:
+        held, task = ("questions", "folder-vqa") if captions else ("captions", "folder-caption")
+        raise DataError(f"{root} holds {held} only, in split {split}: score them with {task}")
     return found
 
 
-def _picture(path: Path, pictures: bool) -> Path:
-    if pictures and not path.is_file():
-        raise DataError(f"the picture {path} is missing")
-    return path
+def _captions(examples: list[Example], place: Path, split: str) -> list[Example]:
+    """The same, called by their pictures' names."""
+    return [_called(each, _names(each, place), _names(each, place)) for each in examples]
 
 
-def _texts(row: Mapping[str, Any], *names: str, where: str) -> list[str]:
-    """The texts of the first column that has any: one, or several as a list.
+def _questions(examples: list[Example], place: Path, split: str) -> list[Example]:
+    """The same, called by their table's ids; where it has none, by the number of their row."""
+    table = metadata_file(place)
+    numbers: dict[str, int] = {}
+    for each in examples:
+        numbers.setdefault(each.id, len(numbers))
+    keys = [
+        str(numbers[each.id]) if table and each.id.startswith(f"{table.name}:") else each.id
+        for each in examples
+    ]
+    return [_called(each, f"{split}/{key}", key) for each, key in zip(examples, keys, strict=True)]
 
-    Raises:
-        DataError: there are none, or one is empty or no text.
-    """
-    value = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
-    items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, list | Mapping) or not as_text(item).strip() for item in items):
-        raise DataError(f"{where}: no text in its column {' or '.join(names)}: {str(value)[:80]}")
-    return [as_text(item) for item in items]
+
+def _called(example: Example, id: str, key: str) -> Example:
+    kind = {"question_type": example.meta["question_type"]} if "question_type" in example.meta else {}
+    return replace(example, id=id, meta=MappingProxyType({"key": key, **kind}))
+
+
+def _names(example: Example, place: Path) -> str:
+    """A picture as the folder's table names it; a name that is no UTF-8 is spelled out."""
+    paths = [Path(each) if isinstance(each, str | Path) else Path(image_key(each)) for each in example.images]
+    inside = [path.relative_to(place) if path.is_relative_to(place) else path for path in paths]
+    names = ",".join(path.as_posix().replace("\\", "/") for path in inside)
+    return names.encode("utf-8", "backslashreplace").decode()
 
 
 def read_captions(root: Path | None, split: str, pictures: bool) -> list[Example]:
     """One example per picture, its references in the rows' order."""
     assert root is not None
-    path = metadata_of(root, split)
-    if path is None:
-        return _together([e for e in elsewhere(root, split, pictures) if question(e) == CAPTION_PROMPT])
-    captions: dict[str, list[str]] = {}
-    for number, row in enumerate(rows(path), start=1):
-        texts = _texts(row, "caption", "text", where=f"{path}, entry {number}")
-        captions.setdefault(row["file_name"], []).extend(texts)
-    return [
-        make_example(_picture(path.parent / name, pictures), CAPTION_PROMPT, texts, name, {"key": name})
-        for name, texts in captions.items()
-    ]
-
-
-def _together(examples: list[Example]) -> list[Example]:
-    """One example per picture: rows about one picture are its references."""
-    by_picture: dict[object, Example] = {}
-    for example in examples:
-        first = by_picture.setdefault(example.images[0], example)
+    by_pictures: dict[object, Example] = {}
+    for example in read(root, split, pictures, captions=True):
+        first = by_pictures.setdefault(example.images, example)
         if first is not example:
-            by_picture[example.images[0]] = replace(first, answers=(*first.answers, *example.answers))
-    return list(by_picture.values())
+            by_pictures[example.images] = replace(first, answers=(*first.answers, *example.answers))
+    return list(by_pictures.values())
 
 
 def read_questions(root: Path | None, split: str, pictures: bool) -> list[Example]:
-    """One example per row."""
+    """One example per question."""
     assert root is not None
-    path = metadata_of(root, split)
-    if path is None:
-        return [e for e in elsewhere(root, split, pictures) if question(e) != CAPTION_PROMPT]
-    examples = []
-    for number, row in enumerate(rows(path)):
-        where = f"{path}, entry {number + 1}"
-        asked = row.get("question")
-        if not isinstance(asked, str) or not asked.strip():
-            raise DataError(f"{where}: no text in its column question: {str(asked)[:80]}")
-        answers = _texts(row, "answers", "answer", where=where)
-        if len(answers) == 1 and answers[0].startswith("["):  # a CSV's list
-            answers = _texts({"answers": parse_json(answers[0], where, words=True)}, "answers", where=where)
-        meta = {"key": as_text(row.get("id")) or str(number)}
-        if kind := as_text(row.get("question_type")):
-            meta["question_type"] = kind
-        image = _picture(path.parent / row["file_name"], pictures)
-        examples.append(make_example(image, asked, answers, f"{split}/{meta['key']}", meta))
-    return examples
+    return read(root, split, pictures, captions=False)
 
 
 TASKS = (
@@ -147,7 +144,8 @@ TASKS = (
         main="exact_match",
         score=item_scores({"exact_match": exact, **vqa_metrics("folder-vqa")}),
         split="test",
-        splits=("train", "dev", "test", "all"),
+        splits=SPLITS,
+        part=part_name,
         generation={"max_new_tokens": 24},
     ),
     Task(
@@ -158,7 +156,8 @@ TASKS = (
         score=caption_scores,
         captions=True,
         split="test",
-        splits=("train", "dev", "test", "all"),
+        splits=SPLITS,
+        part=part_name,
         generation=CAPTION_DECODING,
         id_key="file_name",
         answer_key="caption",

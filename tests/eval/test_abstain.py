@@ -158,7 +158,7 @@ def test_evaluate_calibrate_abstain(place: Path, capsys: pytest.CaptureFixture[s
     abstain = fitted.pop("abstain")
     assert fitted == plain
     assert (adapter / "adapter.safetensors").read_bytes() == before
-    assert (abstain["task"], abstain["split"], abstain["target"]) == ("folder-vqa", "test", 0.95)
+    assert (abstain["task"], abstain["split"], abstain["target"]) == ("folder-vqa", "all", 0.95)
     assert 20 / 24 <= abstain["coverage"] < 1.0
     capsys.readouterr()
     assert main([*ask, "--abstain", "--json"]) == 0
