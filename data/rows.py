@@ -292,14 +292,7 @@ def examples_from_row(row: Mapping[str, Any], where: str, find: Find) -> list[Ex
     Raises:
         RowError: the row cannot be used.
     """
-    found = _examples(_by_known_names(row), where, find)
-    for text in (t for e in found for t in (*(turn.text for turn in e.turns), *e.answers)):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # neither a file nor a tokenizer takes it
-            raise RowError("half a character", text.encode("utf-8", "backslashreplace").decode()[:60])
-    return found
-
-
-def _examples(row: Mapping[str, Any], where: str, find: Find) -> list[Example]:
+    row = _by_known_names(row)
     images = _images(row, find)
     id = as_text(_first(row, ID_COLUMNS)) or where
     meta = _meta(row)

@@ -78,17 +78,21 @@ def fitting_pairs(
 ) -> tuple[list[Source], list[Example]]:
     """`fitting` for pairs (`vlm.train.pairs`): where an answer cannot be read whole, both are left out."""
     (chosen, rejected), half = sources, len(held) // 2
-    kept: list[list[Example]] = [[], [], [], []]
     bad: list[BadRow] = []
-    for number, sides in enumerate(((chosen.examples, rejected.examples), (held[:half], held[half:]))):
-        for pair in zip(*sides, strict=True):
+
+    def whole(first: Sequence[Example], second: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+        kept = []
+        for pair in zip(first, second, strict=True):
             _, unfit = all_fitting(pair, processor)
-            bad += unfit[:1]
+            bad.extend(unfit[:1])
             if not unfit:
-                for place, example in enumerate(pair):
-                    kept[2 * number + place].append(example)
-    told = replace(chosen, examples=kept[0], bad=[*chosen.bad, *bad])
-    return [told, replace(rejected, examples=kept[1])], kept[2] + kept[3]
+                kept.append(pair)
+        return [one for one, _ in kept], [other for _, other in kept]
+
+    preferred, others = whole(chosen.examples, rejected.examples)
+    asked = sum(whole(held[:half], held[half:]), [])
+    told = replace(chosen, examples=preferred, bad=[*chosen.bad, *bad])
+    return [told, replace(rejected, examples=others)], asked
 
 
 def fitting(

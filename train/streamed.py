@@ -94,8 +94,8 @@ class Feed:
         """(examples, unusable rows, number of rows, rows about no picture) from `place` on; sets `after`."""
         examples: list[Example] = []
         bad: list[BadRow] = []
-        shown: dict[str, int] = {}
-        count = texts = 0
+        names: set[str] = set()
+        pictures = count = texts = 0
         for after, found in self.laps.rows(self.place):
             about_none = any(isinstance(item, TextRow) for item in found)
             count, texts = count + (not about_none), texts + about_none
@@ -103,8 +103,11 @@ class Feed:
             said, unfit = all_fitting(said, self.model.processor)
             bad += [*(item for item in found if isinstance(item, BadRow)), *silent, *unfit]
             examples += said
-            shown |= {group_name(example.images): len(example.images) for example in said}
-            if sum(shown.values()) >= self.most:
+            for example in said:
+                if (name := group_name(example.images)) not in names:
+                    names.add(name)
+                    pictures += len(example.images)
+            if pictures >= self.most:
                 self.after = after
                 return examples, bad, count, texts
         self.after = Place(self.place.lap + 1)

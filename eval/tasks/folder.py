@@ -79,7 +79,8 @@ def read(root: Path, split: str, pictures: bool, *, captions: bool) -> list[Exam
     else:
         # A folder is divided by its pictures, copies under other names told by their bytes.
         reading = _sound(place, read_source(place, "train", divide=False, pictures=pictures or part))
-        reading.examples = (_captions if captions else _questions)(reading.examples, place, split)
+        found = reading.examples
+        reading.examples = _captions(found, place) if captions else _questions(found, place, split)
         reading = divided(reading, split) if part else reading
     found = [each for each in reading.examples if (question(each) == CAPTION_PROMPT) == captions]
     if reading.examples and not found:
@@ -88,9 +89,9 @@ def read(root: Path, split: str, pictures: bool, *, captions: bool) -> list[Exam
     return found
 
 
-def _captions(examples: list[Example], place: Path, split: str) -> list[Example]:
+def _captions(examples: list[Example], place: Path) -> list[Example]:
     """The same, called by their pictures' names."""
-    return [_called(each, _names(each, place), _names(each, place)) for each in examples]
+    return [_called(each, name, name) for each in examples for name in [_names(each, place)]]
 
 
 def _questions(examples: list[Example], place: Path, split: str) -> list[Example]:
