@@ -20,7 +20,7 @@ from vlm.data.convert.write import ABOUT, write_dataset
 from vlm.data.example import Example
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
-from vlm.errors import DataError, NoPartError
+from vlm.errors import DataError, NoPartError, UsageError
 from vlm.options import (
     add_common,
     add_offline,
@@ -131,7 +131,7 @@ def _print_sizes(sizes: dict[str, dict[str, int]], folder: Path) -> None:
 def _convert(args: argparse.Namespace) -> int:
     name = canonical_name(args.name)
     if name not in PUBLIC:
-        raise DataError(f"unknown data set {args.name!r}; use one of {', '.join(DATASETS)}")
+        raise UsageError(f"unknown data set {args.name!r}; use one of {', '.join(DATASETS)}")
     packaged = args.source == "package"
     root = find_root(name, None if packaged else Path(args.source).expanduser())
     splits = ("train-rest", "dev", "test") if name in NO_DEV else ("train", "dev", "test")

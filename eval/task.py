@@ -17,7 +17,7 @@ from vlm.conversation import ImageSource
 from vlm.data.example import Example
 from vlm.data.splits import canonical_split, image_key
 from vlm.data.streams import hub_name
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError, UsageError
 
 _YEAR = re.compile(r"[_-]?20\d\d$")  # COCO's parts go by theirs
 UNPUBLISHED = "the answers of this split are not published; the benchmark's own server scores a submission"
@@ -122,13 +122,13 @@ class Task:
         """The examples of a split, checked.
 
         Raises:
-            ConfigError: a split that this task does not have.
+            UsageError: a split that this task does not have.
             DataError: no such place, nothing to read, two examples with one id, or answers to some alone.
         """
         chosen = self.canonical(split)
         if chosen not in self.splits:
             known = ", ".join("dev (or val)" if each == "dev" else each for each in self.splits)
-            raise ConfigError(f"{self.name} has no split {split or chosen!r}; it has {known}")
+            raise UsageError(f"{self.name} has no split {split or chosen!r}; it has {known}")
         if root is None and not self.data_optional:
             raise DataError(f"say where the data of {self.name} lie: --data FOLDER")
         if root is not None and not root.expanduser().exists() and hub_name(root) is None:
@@ -153,7 +153,7 @@ class Task:
         """The examples of a split, without pictures, for answers that are to be scored.
 
         Raises:
-            ConfigError, DataError: as `examples`, and where the split's answers are not published.
+            UsageError, DataError: as `examples`, and where the split's answers are not published.
         """
         found = self.examples(root, split, pictures=False)
         if why := unscored(found):

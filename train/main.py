@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vlm.errors import ConfigError
+from vlm.errors import UsageError
 from vlm.options import add_common, apply_common, make_parser
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def applied(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:
     """Gives the common options effect; --dtype bfloat16 is the recipe's `precision=bf16`.
 
     Raises:
-        ConfigError: float16, in which nothing is trained, or one GPU of several.
+        UsageError: float16, in which nothing is trained, or one GPU of several.
     """
     if args.dtype == "float16":
-        raise ConfigError("nothing is trained in float16: say --dtype bfloat16")
+        raise UsageError("nothing is trained in float16: say --dtype bfloat16")
     if args.device.startswith("cuda:"):
         number = args.device.partition(":")[2]
-        raise ConfigError(
+        raise UsageError(
             f"training takes what GPUs it sees: set CUDA_VISIBLE_DEVICES={number} and say --device cuda"
         )
     apply_common(args)

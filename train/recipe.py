@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config import flat, to_dict
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, UsageError
 from vlm.train.config import SourceConfig, TrainConfig, recipe_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -35,19 +35,20 @@ def recipe_path(name: str) -> Path:
     """A recipe's file: a path, or the name of one that ships.
 
     Raises:
-        ConfigError: neither.
+        UsageError: neither.
     """
     for path in (Path(name), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    raise ConfigError(f"{name} is no recipe: give a YAML file or one of {', '.join(shipped())}")
+    raise UsageError(f"{name} is no recipe: give a YAML file or one of {', '.join(shipped())}")
 
 
 def read_recipe(name: str, settings: Sequence[str] = ()) -> TrainConfig:
     """A recipe with `key=value` settings applied.
 
     Raises:
-        ConfigError: no such recipe, no YAML, an unknown key, a value of the wrong type.
+        UsageError: no such recipe, or settings that this recipe cannot take.
+        ConfigError: a recipe that is no YAML, or with an unknown key or a value of the wrong type.
     """
     import yaml
 
@@ -58,9 +59,15 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path} is not YAML: {problem}") from problem
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys")
+    config = recipe_config(values)  # first alone: what is wrong with the file is not the settings' fault
+    if not settings:
+        return config
     for setting in settings:
         set_key(values, setting)
-    return recipe_config(values)
+    try:
+        return recipe_config(values)
+    except ConfigError as problem:
+        raise UsageError(str(problem)) from problem
 
 
 def set_key(values: dict[str, Any], setting: str) -> None:
@@ -69,7 +76,7 @@ def set_key(values: dict[str, Any], setting: str) -> None:
 
     key, equals, text = setting.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{setting!r} is not of the form key=value")
+        raise UsageError(f"{setting!r} is not of the form key=value")
     place: Any = values
     *path, last = key.split(".")
     try:
@@ -80,9 +87,9 @@ def set_key(values: dict[str, Any], setting: str) -> None:
         elif isinstance(place, dict):
             place[last] = text if last in TEXTS else yaml.safe_load(text)
         else:
-            raise ConfigError(f"{key} cannot be set: {path[-1]} holds no keys")
+            raise UsageError(f"{key} cannot be set: {path[-1]} holds no keys")
     except (ValueError, IndexError, AttributeError, yaml.YAMLError) as problem:
-        raise ConfigError(f"{setting!r} cannot be applied: {problem}") from problem
+        raise UsageError(f"{setting!r} cannot be applied: {problem}") from problem
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlm import __version__
-from vlm.errors import VLMError
+from vlm.errors import UsageError, VLMError
 
-USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
@@ -93,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
     """Answer `--help` and `--version`; run anything else."""
     if not arguments:
         print(usage(), end="", file=sys.stderr)
-        return USAGE_ERROR
+        return UsageError.exit_code
     if arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0
@@ -110,13 +109,14 @@ def _run(name: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `vlm {near[0]}`?" if near else "`vlm --help` lists them."
         print(f"error: there is no command {_one_line(name)!r}; {hint}", file=sys.stderr)
-        return USAGE_ERROR
+        return UsageError.exit_code
     # Pillow warns of damaged EXIF and the like; what matters about a picture is said by its ImageError.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return command.load()(arguments)
     except VLMError as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        return error.exit_code
     except ModuleNotFoundError as error:
         # A package of an extra is missing; a missing module of our own is a bug and keeps its traceback.
         package = (error.name or "").partition(".")[0]

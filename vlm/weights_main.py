@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import UsageError, WeightsError
 from vlm.options import add_offline, make_parser
 from vlm.weights import PINS, Pin, Resolved, check_source, hash_safetensors, resolve
 from vlm.weights_cache import Manifest, damage, sha256_file
@@ -63,7 +63,7 @@ def _average(args: argparse.Namespace) -> int:
         try:
             weights = [float(weight) for weight in args.weights.split(",")]
         except ValueError:
-            raise ConfigError(f"--weights {args.weights!r} are no numbers with commas between them") from None
+            raise UsageError(f"--weights {args.weights!r} are no numbers with commas between them") from None
     average(args.out, args.adapters, weights, offline=args.offline)
     print(args.out)
     return 0

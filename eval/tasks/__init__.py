@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from vlm.errors import ConfigError
+from vlm.errors import UsageError
 from vlm.eval.task import Task
 
 _MODULES = {
@@ -45,12 +45,12 @@ def get(name: str) -> Task:
     """The task of a name ("easy_vqa" and "Easy-VQA" are "easy-vqa").
 
     Raises:
-        ConfigError: there is no such task; the nearest name is given.
+        UsageError: there is no such task; the nearest name is given.
     """
     plain = name.lower().replace("_", "-")
     if plain not in _MODULES:
         near = difflib.get_close_matches(plain, TASKS, n=1)
         hint = f"did you mean {near[0]}?" if near else "`vlm eval --list` shows them all"
-        raise ConfigError(f"there is no task {name!r}; {hint}")
+        raise UsageError(f"there is no task {name!r}; {hint}")
     tasks: tuple[Task, ...] = importlib.import_module(f"vlm.eval.tasks.{_MODULES[plain]}").TASKS
     return next(task for task in tasks if task.name == plain)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, UsageError
 from vlm.options import add_common, add_offline, apply_common, make_parser
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
 
     for option, least in (("slots", 1), ("queue", 0), ("deadline", 1), ("answer_tokens", 1)):
         if getattr(args, option) < least:
-            raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")
+            raise UsageError(f"--{option.replace('_', '-')} must be at least {least}")
     allowed_hosts(args.allow_image_host)
     local = _is_local(args.host)
     if not local and args.api_key_file is None and not args.insecure_public:
@@ -143,7 +143,7 @@ def _bind(host: str, port: int) -> socket.socket:
     """A listening socket, before the model is loaded: a port in use is told at once, and whoever comes early
     waits."""
     if not 0 <= port <= 65_535:  # getaddrinfo would take it modulo 65,536
-        raise ConfigError(f"--port {port} is not between 0 and 65535")
+        raise UsageError(f"--port {port} is not between 0 and 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
