@@ -148,7 +148,7 @@ def test_convert_and_questions_from_the_command_line(
     assert ("How many dogs are there?", ("one",)) in {
         (e.turns[0].text.replace(" in the picture", ""), e.answers) for e in made
     }
-    assert vlm(["data", "convert", "nothing", str(flickr), str(out)]) == 1
+    assert vlm(["data", "convert", "nothing", str(flickr), str(out)]) == 2
     assert "error: unknown data set 'nothing'" in capsys.readouterr().err
     assert vlm(["data", "check", str(tmp_path / "absent")]) == 1
 

@@ -212,7 +212,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert row.startswith("| ViT-B-32 | SmolLM2-360M-Instruct |")
     assert main(["train", "plan", "flickr8k-larger", "--machine", "l4"]) == 0
     assert "of 24" in capsys.readouterr().out
-    assert main(["train", "plan", "no-such"]) == 1
+    assert main(["train", "plan", "no-such"]) == 2
     assert "no recipe" in capsys.readouterr().err
 
 

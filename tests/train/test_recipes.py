@@ -155,14 +155,14 @@ def test_a_rate_may_be_written_as_people_do(written: str, value: float) -> None:
 def test_wrong_settings_are_named(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError):
         read_recipe("smoke", [setting])
-    assert main(["train", "smoke", setting]) == 1
+    assert main(["train", "smoke", setting]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
 
 
 def test_unknown_recipes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "smokee"]) == 1
+    assert main(["train", "smokee"]) == 2
     assert "flickr8k-flamingo" in capsys.readouterr().err
 
 
@@ -192,7 +192,7 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_gpu_of_several_is_chosen_by_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "smoke", "--device", "cuda:1"]) == 1
+    assert main(["train", "smoke", "--device", "cuda:1"]) == 2
     assert "CUDA_VISIBLE_DEVICES=1" in capsys.readouterr().err
 
 
@@ -204,5 +204,5 @@ def test_dtype_is_the_recipes_precision(capsys: pytest.CaptureFixture[str]) -> N
     assert applied(args, config) == replace(config, precision="bf16")
     args.dtype = "float32"
     assert applied(args, config) == config
-    assert main(["train", "smoke", "--dtype", "float16"]) == 1
+    assert main(["train", "smoke", "--dtype", "float16"]) == 2
     assert "--dtype bfloat16" in capsys.readouterr().err

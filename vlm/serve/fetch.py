@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import h11
 
-from vlm.errors import ConfigError
+from vlm.errors import UsageError
 from vlm.serve.errors import APIError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -76,13 +76,13 @@ def allowed_hosts(names: Iterable[str]) -> frozenset[tuple[str, int]]:
     """`name` or `name:port` to (name, port) pairs; the port is 443 unless given.
 
     Raises:
-        ConfigError: a name is an address, a wildcard, or not a host name at all.
+        UsageError: a name is an address, a wildcard, or not a host name at all.
     """
     pairs = set()
     for name in names:
         target = parse(f"https://{name}")
         if target is None or target.path != "/" or "/" in name or target.host.split(".")[-1].isdigit():
-            raise ConfigError(f"image host {name!r}: give a plain host name, or name:port")
+            raise UsageError(f"image host {name!r}: give a plain host name, or name:port")
         pairs.add((target.host, target.port))
     return frozenset(pairs)
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from vlm.errors import ConfigError
+from vlm.errors import UsageError
 from vlm.serve.errors import APIError, error_bytes
 from vlm.serve.keys import Keys
 from vlm.serve.metrics import Metrics
@@ -40,10 +40,10 @@ def host_name(text: str) -> str:
     """A name as the Host header is compared with: without a port, in small letters.
 
     Raises:
-        ConfigError: no Host header could match it.
+        UsageError: no Host header could match it.
     """
     if not re.fullmatch(_HOST, name := text.lower()):
-        raise ConfigError(
+        raise UsageError(
             f"--allow-host {text!r} can never match: write the name alone, without scheme and port, "
             "as in ask.example"
         )
@@ -54,10 +54,10 @@ def origin(text: str) -> str:
     """An origin as browsers write it.
 
     Raises:
-        ConfigError: no browser writes it so.
+        UsageError: no browser writes it so.
     """
     if not _ORIGIN.fullmatch(name := text.lower()) or _USUAL_PORT.fullmatch(name):
-        raise ConfigError(
+        raise UsageError(
             f"--allow-origin {text!r} can never match: write scheme and host, and the port where it is not "
             "the usual one, as in https://chat.example or http://localhost:3000, with nothing after it"
         )
