@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
@@ -59,14 +60,13 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path} is not YAML: {problem}") from problem
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no keys")
-    config = recipe_config(values)  # first alone: what is wrong with the file is not the settings' fault
-    if not settings:
-        return config
+    alone = copy.deepcopy(values)
     for setting in settings:
         set_key(values, setting)
     try:
         return recipe_config(values)
     except ConfigError as problem:
+        recipe_config(alone)  # where the file itself is at fault, that is what is said
         raise UsageError(str(problem)) from problem
 
 

@@ -161,6 +161,16 @@ def test_wrong_settings_are_named(setting: str, capsys: pytest.CaptureFixture[st
     assert said.count("\n") == 1
 
 
+def test_a_setting_may_mend_a_recipe_and_is_not_blamed_for_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("steps: many\n")
+    assert read_recipe(str(recipe), ["steps=3"]).steps == 3
+    for settings in ([], ["seed=-1"]):
+        with pytest.raises(ConfigError, match="steps") as caught:
+            read_recipe(str(recipe), settings)
+        assert caught.value.exit_code == 1
+
+
 def test_unknown_recipes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "smokee"]) == 2
     assert "flickr8k-flamingo" in capsys.readouterr().err
