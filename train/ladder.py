@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import from_dict
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, UsageError
 from vlm.options import add_common, make_parser
 from vlm.train.config import TrainConfig
 from vlm.train.curve import draw_ladder
@@ -57,7 +57,8 @@ def read_settings(recipe: str, settings: Sequence[str]) -> tuple[TrainConfig, La
     """The recipe and the ladder that a command line names.
 
     Raises:
-        ConfigError: no such recipe, an unknown key, a value that it cannot take.
+        UsageError: no such recipe, an unknown key, a value that it cannot take.
+        ConfigError: a recipe that cannot be read.
     """
     from vlm.train.recipe import read_recipe, set_key
 
@@ -66,7 +67,10 @@ def read_settings(recipe: str, settings: Sequence[str]) -> tuple[TrainConfig, La
         if setting.startswith(KEY):
             set_key(values, setting)
     config = read_recipe(recipe, [setting for setting in settings if not setting.startswith(KEY)])
-    return config, from_dict(LadderConfig, values.get("ladder", {}), KEY)
+    try:
+        return config, from_dict(LadderConfig, values.get("ladder", {}), KEY)
+    except ConfigError as problem:
+        raise UsageError(str(problem)) from problem
 
 
 def climb(config: TrainConfig, ladder: LadderConfig, **how: Any) -> dict[str, Any] | None:
@@ -112,12 +116,12 @@ def check_sizes(ladder: LadderConfig) -> tuple[str, ...]:
     """The sizes that the law is of: `pictures`, `trained` (parameters), or both.
 
     Raises:
-        ConfigError: too few of them.
+        UsageError: too few of them.
     """
     given = {"pictures": ladder.pictures, "trained": ladder.widths}
     axes = tuple(name for name, sizes in given.items() if len(sizes) > 1)
     if not axes:
-        raise ConfigError(
+        raise UsageError(
             "sizes are missing: ladder.pictures=[250,500,1000,2000,4000], "
             "ladder.widths=[64,128,192,256,384], or both"
         )
@@ -125,13 +129,13 @@ def check_sizes(ladder: LadderConfig) -> tuple[str, ...]:
     for name in axes:
         if len(given[name]) < least:
             key = "widths" if name == "trained" else name
-            raise ConfigError(
+            raise UsageError(
                 f"ladder.{key} has {len(given[name])} sizes; with fewer than three rungs below the largest "
                 f"nothing can be predicted: give at least {least}"
             )
     runs = (max(1, len(ladder.pictures)) * max(1, len(ladder.widths)) - 1) * ladder.seeds
     if runs <= unknowns(len(axes)):
-        raise ConfigError(
+        raise UsageError(
             f"{runs} runs below the largest, and a law of {unknowns(len(axes))} unknowns: nothing would be "
             "left to tell how far it is off. Give one more size, or ladder.seeds=2"
         )

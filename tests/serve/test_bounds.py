@@ -235,7 +235,7 @@ def test_one_port_is_listened_on_once() -> None:
 def test_a_public_address_without_a_key_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     from vlm.cli import main
 
-    assert main(["serve", "--host", host, "--port", "0"]) == 1
+    assert main(["serve", "--host", host, "--port", "0"]) == 2
     assert "--api-key-file" in capsys.readouterr().err
 
 

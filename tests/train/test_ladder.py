@@ -14,7 +14,7 @@ import yaml
 from vlm.cli import main
 from vlm.config import to_dict
 from vlm.data.splits import image_key
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, UsageError
 from vlm.train.config import OptimConfig, SourceConfig
 from vlm.train.dev import apportion
 from vlm.train.ladder import check_sizes, climb, predict, read_settings
@@ -127,7 +127,7 @@ def test_the_loss_is_the_mean_over_tokens(short: Any, trainer_of: Any) -> None:
 )
 def test_sizes_that_make_no_ladder(values: dict[str, Any], said: str) -> None:
     settings = [f"ladder.{key}={json.dumps(value)}" for key, value in values.items()]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UsageError, match=said):
         check_sizes(read_settings("smoke", settings)[1])
 
 

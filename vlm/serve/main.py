@@ -113,7 +113,7 @@ def _decide(args: argparse.Namespace) -> tuple[Settings, Keys | None]:
     allowed_hosts(args.allow_image_host)
     local = _is_local(args.host)
     if not local and args.api_key_file is None and not args.insecure_public:
-        raise ConfigError(
+        raise UsageError(
             f"--host {args.host} is open to others: give --api-key-file (make one: `vlm serve keys add`), "
             "or --insecure-public if anyone may use it"
         )
