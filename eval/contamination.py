@@ -1,7 +1,8 @@
 """Training pictures that stand in the evaluation set, and the scores with and without them.
 
 Look-alikes are found by perceptual hash and then confirmed by the distance of their frozen features. Equal
-questions about other pictures are counted, not removed: most benchmarks repeat their questions.
+questions about other pictures are counted, not removed: most benchmarks repeat their questions. What an
+adapter's guide was fitted to is known without the training pictures: it holds what it compares others with.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from vlm.conversation import ImageSource
 from vlm.data.convert.common import IMAGE_SUFFIXES
 from vlm.data.duplicates import Print, leaks, print_of
 from vlm.data.example import Example
+from vlm.data.remember import TOGETHER
 from vlm.errors import DataError
 from vlm.eval import report
 from vlm.eval.task import picture_names, question
@@ -41,11 +43,7 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
     if not files:
         raise DataError(f"{train} holds no training pictures")
     names = [picture_names(example.images) for example in session.examples]
-    held = {
-        name: image
-        for example, each in zip(session.examples, names, strict=True)
-        for name, image in zip(each, example.images, strict=True)
-    }
+    held = _pictures(session.examples)
     pairs = leaks(
         [_print(str(path), path) for path in files], [_print(n, image) for n, image in held.items()]
     )
@@ -62,6 +60,42 @@ def overlap(session: Session, train: Path, answers: Sequence[str]) -> dict[str, 
         "pairs": sorted(found.items())[:100],
         "without": _without(session, answers, clean) if found and clean else None,
         "questions_seen": _seen(session),
+    }
+
+
+def fitted(session: Session) -> dict[str, Any] | None:
+    """How many of the evaluated pictures the task's guide was fitted to; None where nothing guides.
+
+    Returns:
+        `pictures` that it was fitted to, `of` how many, and the command that fitted it.
+    """
+    model = session.model
+    guide = model.consensus if session.task.captions else model.known_answers
+    if guide is None:
+        return None
+    images, known = list(_pictures(session.examples).values()), 0
+    for begin in range(0, len(images), TOGETHER):
+        seen = model.look([open_picture(image) for image in images[begin : begin + TOGETHER]])
+        known += int(guide.fitted_to(seen).sum())
+    return {"pictures": known, "of": len(images), "command": guide.COMMAND}
+
+
+def warning(found: Mapping[str, Any] | None) -> str:
+    """What `fitted` found in words; empty where every picture is new."""
+    if not found or not found["pictures"]:
+        return ""
+    return (
+        f"{found['pictures']} of {found['of']} pictures are among those that the guide of this adapter was "
+        f"fitted to (`{found['command']}`): of these the scores tell what it was told, not what it sees"
+    )
+
+
+def _pictures(examples: Sequence[Example]) -> dict[str, ImageSource]:
+    """The examples' pictures, each once, by their names."""
+    return {
+        name: image
+        for example in examples
+        for name, image in zip(picture_names(example.images), example.images, strict=True)
     }
 
 

@@ -56,13 +56,15 @@ def render(found: dict[str, Any], items: Sequence[dict[str, Any]]) -> str:
     """The page of a report and its items."""
     title = f"{found['task']}, {found['split']}"
     main = found["main_metric"]
-    warning = "" if found["comparable"] else _tag("p", "A limited run: not comparable.", "warn")
+    limited = "" if found["comparable"] else _tag("p", "A limited run: not comparable.", "warn")
+    told = contamination.warning(found.get("guide"))
     reason = found.get("reason")
     scale = "" if reason else " Scores are percentages with 95 % bootstrap intervals."
     parts = [
         f"<h1>{_safe(title)}</h1>",
         _tag("p", f"{found['n']} examples.{scale}", "note"),
-        warning,
+        limited,
+        _tag("p", f"{told}.", "warn") if told else "",
         "<h2>Scores</h2>",
         _tag("p", f"No scores: {reason}.", "warn") if reason else "",
         _scores(found),

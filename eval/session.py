@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.conversation import Conversation
 from vlm.data.example import Example
 from vlm.errors import ConfigError, DataError, VLMError
-from vlm.eval import controls, outputs, prompts, report, runner, tasks
+from vlm.eval import contamination, controls, outputs, prompts, report, runner, tasks
 from vlm.eval.predictions import Prediction, export, write_submission
 from vlm.eval.scorers import options
 from vlm.eval.task import Scores, Task, unscored
@@ -202,10 +202,9 @@ class Session:
         }
         block["text_only"] = text_only(block["controls"], main)
         block["calibration"] = report.calibration(scores.per_item.get(main), answers)
+        block["guide"] = contamination.fitted(self)
         if self.args.train_data:
-            from vlm.eval.contamination import overlap
-
-            block["contamination"] = overlap(self, self.args.train_data, texts)
+            block["contamination"] = contamination.overlap(self, self.args.train_data, texts)
         return block
 
     def _write_items(
@@ -343,10 +342,10 @@ def show(block: Mapping[str, Any], out: Path) -> None:
     if block.get("near_ties") is not None:
         print(f"  {'near ties':<20} {block['near_ties']:4d}      (the two best within {report.NEAR_TIE:g})")
     if block.get("contamination"):
-        from vlm.eval.contamination import lines
-
-        for line in lines(block["contamination"], main):
+        for line in contamination.lines(block["contamination"], main):
             print(f"  {line}")
+    if said := contamination.warning(block.get("guide")):
+        print(f"  {said}")
     if block.get("submission"):
         print(f"submission: {block['submission']}")
     print(f"report: {out}")

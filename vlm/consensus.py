@@ -145,6 +145,10 @@ class Consensus(Guide):
         said: Tensor = near @ known["weigh"] @ known["say"] + known["usual"]
         return said
 
+    def compared(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        known = self._numbers
+        return portrait(*_shown(seen), known) @ known["turn"], known["seen"]
+
     def expect(self, seen: Seen, labels: Sequence[str] = ()) -> Expectation:
         """What captions of the one picture seen will say.
 
@@ -153,7 +157,7 @@ class Consensus(Guide):
         """
         sure = bool(labels) and float(seen.scores.amax()) >= SURE
         name = naming(labels[int(seen.scores[0].argmax())]) if sure else None
-        said = self(seen.features.float().mean(dim=1).cpu(), seen.scores.float().cpu())[0]
+        said = self(*_shown(seen))[0]
         weights = self.finite(F.normalize(said, dim=0) * self._numbers["scale"])
         return Expectation(self, weights.tolist(), name)
 
@@ -161,6 +165,11 @@ class Consensus(Guide):
         """The same, but with expected vectors of that length."""
         width = len(self._held["mean"])
         return Consensus(self._held | {"scale": torch.tensor(scale).half()}, width)
+
+
+def _shown(seen: Seen) -> tuple[Tensor, Tensor]:
+    """(I, D_v) mean features and (I, C) label probabilities."""
+    return seen.features.float().mean(dim=1).cpu(), seen.scores.float().cpu()
 
 
 def portrait(pooled: Tensor, scores: Tensor, usual: Mapping[str, Tensor]) -> Tensor:

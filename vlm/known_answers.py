@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.answer_net import AnswerNets
+from vlm.features import Seen
 from vlm.grams import Gram, grams
 from vlm.guide import (
     SMALLEST,
@@ -153,8 +154,7 @@ class KnownAnswers(Guide):
     @torch.inference_mode()
     def __call__(self, question: str, features: Tensor) -> Tensor:
         """(I, N, D_v) features -> (I, A)."""
-        known = self._numbers
-        unit = standardised(summary(features).cpu(), known["mean"], known["spread"])
+        known, unit = self._numbers, self._unit(features)
         near = (unit @ known["turn"]) @ known["seen"].T
         alike = self._words([plain(question)])
         trust = ((alike.amax() - STRANGE) / (FAMILIAR - STRANGE)).clamp(0, 1)
@@ -163,6 +163,13 @@ class KnownAnswers(Guide):
             asked, cells = question_groups(plain(question)), standard_cells(features.cpu(), known["mean"])
             expected = (expected + self._nets(asked, cells, unit)) / 2
         return trust * expected
+
+    def compared(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        return self._unit(seen.features) @ self._numbers["turn"], self._numbers["seen"]
+
+    def _unit(self, features: Tensor) -> Tensor:
+        """(I, N, D_v) -> (I, 2 * D_v) `standardised`."""
+        return standardised(summary(features).cpu(), self._numbers["mean"], self._numbers["spread"])
 
     def expect(self, question: str, features: Tensor) -> list[tuple[str, float]]:
         """The answers expected most of a picture with these (1, N, D_v) features, and how much each is."""

@@ -27,6 +27,7 @@ class Parrot:
 
     adapter_name = "parrot"
     hashes = {"adapter": "0"}
+    consensus = known_answers = None
 
     def __init__(self, die_after: int = 0, fails_on: str = "") -> None:
         self.asked: list[str] = []

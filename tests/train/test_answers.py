@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,33 @@ def test_one_command_writes_them_into_an_adapter(
     answer = model.ask([Image.new("RGB", (16, 16), (24, 24, 224))], COLOUR, max_new_tokens=8)
     assert answer.text == "blue"
     assert make_model(replace(recipe(), start=str(adapter)), offline=True).known_answers is None
+
+
+def test_a_report_tells_which_pictures_the_answers_were_fitted_to(
+    coloured: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    from vlm.cli import main as command
+
+    assert command(["train", "answers", str(adapter), str(coloured), "--offline"]) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    torch.manual_seed(0)
+    for number in range(6):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(other / f"new{number}.png")
+    shutil.copy(coloured / "5.png", other / "known.png")
+    names = [*(f"new{number}.png" for number in range(6)), "known.png"]
+    write(other, [(name, question, "square") for name in names for question in (COLOUR, SHAPE)])
+    capsys.readouterr()
+    for data, known, count in ((coloured, 80, 80), (other, 1, 7)):
+        out = tmp_path / f"{data.name}.json"
+        words = ["folder-vqa", "--data", str(data), "--adapter", str(adapter), "--controls", "none"]
+        assert command(["eval", *words, "--out", str(out), "--offline"]) == 0
+        found = json.loads(out.read_text())["guide"]
+        assert found == {"pictures": known, "of": count, "command": "vlm train answers"}
+        line = f"{known} of {count} pictures are among those that the guide of this adapter was fitted to"
+        assert line in capsys.readouterr().out
+        assert line in out.with_suffix(".html").read_text()
 
 
 def test_what_is_damaged_is_fitted_anew(coloured: Path, adapter: Path) -> None:

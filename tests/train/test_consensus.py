@@ -65,6 +65,14 @@ def test_what_features_tell_is_learnt_and_what_they_do_not_is_refused() -> None:
         learn(drawn(499, 8.0))
 
 
+def test_it_knows_the_pictures_that_it_was_fitted_to() -> None:
+    data = drawn(600, 8.0)
+    consensus = learn(data).consensus
+    others = data.pooled[:50] + 2 * torch.randn(50, 1, 32)
+    seen = Seen(torch.cat([data.pooled[:50], others]), torch.zeros(100, 0))
+    assert consensus.fitted_to(seen).tolist() == [True] * 50 + [False] * 50
+
+
 def test_a_picture_without_words_does_not_hide_that_nothing_is_foretold() -> None:
     data = drawn(600, 0.0)
     data.captions[::10] = [["???"]] * 60
