@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.checkpoint import save_guide
-from vlm.consensus import Consensus, likeness, portrait, word_groups
+from vlm.consensus import LONGEST, Consensus, likeness, portrait, word_count, word_groups
 from vlm.data.remember import TOGETHER, Progress, adapter_features, captions_by_picture
 from vlm.errors import DataError
 from vlm.features import Features
@@ -117,7 +117,9 @@ def fit(data: Captioned, seed: int = 0) -> tuple[Consensus, Targets, Tensor]:
     said = _dense([vectors[i] for i in some], {group: i for i, group in enumerate(kept)})
     numbers = _regressed(data.pooled[some].mean(dim=1), data.scores[some], said.sub_(usual))
     rarity = torch.tensor([targets.rarity(group) for group in kept])
-    rest = {"usual": usual, "rarity": rarity, "scale": torch.ones(())}
+    words = torch.tensor([min(word_count(text), LONGEST) for texts in data.captions for text in texts])
+    lengths = torch.bincount(words, minlength=LONGEST + 1) / len(words)
+    rest = {"usual": usual, "rarity": rarity, "lengths": lengths, "scale": torch.ones(())}
     return Consensus.of(kept, numbers | rest), targets, usual
 
 

@@ -17,7 +17,7 @@ from vlm.generation import DecodeRequest, Writer
 if TYPE_CHECKING:
     from vlm.model import VLM
 
-Guide = Callable[[list[int]], float]
+Guide = Callable[[list[int], bool], float]
 Ended = tuple[float, list[int], list[float]]
 Candidate = tuple[float, int, int, float]
 """A way to go on: the log-probability of all, the beam, the token and its own log-probability."""
@@ -33,7 +33,7 @@ class _Beams:
     """One prompt's beams: those that go on, and those that have ended.
 
     Args:
-        guide: what a beginning, or a whole, is expected to reach; None leaves it at log-probabilities.
+        guide: what a beginning, or (True) a whole, is expected to reach; None leaves it at log-probabilities.
         weight: what that counts beside the mean log-probability.
 
     Attributes:
@@ -48,8 +48,8 @@ class _Beams:
         self.done = False
         self.margin = math.inf
 
-    def _expected(self, ids: list[int]) -> float:
-        return 0.0 if self.guide is None else self.guide(ids)
+    def _expected(self, ids: list[int], whole: bool) -> float:
+        return 0.0 if self.guide is None else self.guide(ids, whole)
 
     def _worth(self, total: float, expected: float, length: int) -> float:
         """What orders beams of one length: their log-probability, and what the guide makes of them."""
@@ -69,7 +69,7 @@ class _Beams:
         for total, beam, token, logprob in candidates:
             if total > float("-inf"):
                 ids = self.ids[beam] if token == end else [*self.ids[beam], token]
-                expected = self._expected(ids)
+                expected = self._expected(ids, token == end)
                 worth = self._worth(total, expected, length)
                 found.append((worth, expected, total, beam, token, logprob, ids))
         found.sort(key=lambda candidate: -candidate[0])
@@ -116,7 +116,7 @@ class _Beams:
     def best(self, totals: list[float]) -> Ended:
         """The best beam, ended or (when the length ran out) not; the second's gap goes into `margin`."""
         cut = [
-            (self._score(total, self._expected(ids), len(ids)), ids, logprobs)
+            (self._score(total, self._expected(ids, True), len(ids)), ids, logprobs)
             for total, ids, logprobs in zip(totals, self.ids, self.logprobs, strict=False)
         ]
         ranked = sorted(self.ended or cut, key=lambda e: -e[0])
@@ -171,7 +171,7 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
 
 def _guide(model: VLM, request: DecodeRequest) -> Guide | None:
     expected = request.expected
-    return None if expected is None else lambda ids: expected(model.language.decode(ids))
+    return None if expected is None else lambda ids, whole: expected(model.language.decode(ids), whole)
 
 
 def _extend(

@@ -43,6 +43,10 @@ FIRST = 64
 """Directions of `seen` and of `say` that matter most."""
 SHARPNESS = 4.0
 """Pictures are alike by exp(SHARPNESS * cosine of their portraits) - 1, as a share of the largest."""
+SPREAD = 6.0
+"""Words by which CIDEr-D lets a caption be longer or shorter than another, as a standard deviation."""
+LONGEST = 64
+"""Words of a caption that are told apart: no more than so many."""
 CALLED = 0.5
 """What the classifier's probabilities count in a portrait, beside the features."""
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
@@ -51,6 +55,11 @@ _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 def word_groups(text: str) -> Counter[Gram]:
     """How often every group of one to four adjacent words stands in a text, case and marks aside."""
     return grams(_WORD.findall(text.lower()))
+
+
+def word_count(text: str) -> int:
+    """Words of a text, as `word_groups` takes them."""
+    return len(_WORD.findall(text.lower()))
 
 
 class Consensus(Guide):
@@ -90,28 +99,32 @@ class Consensus(Guide):
             "say.rest": (rank - high, count),
         }
         require(held, "scale", None, ())
-        vectors = {"mean": width, "spread": width, "usual": count, "rarity": count}
+        vectors = {"mean": width, "spread": width, "usual": count, "rarity": count, "lengths": LONGEST + 1}
         for name, size in vectors.items():
             require(held, name, None, (size,))
         for name, shape in self._shapes.items():
             require_quantised(held, name, MATRICES[name], shape)
         require_finite(held)
         require_positive("spread", held["spread"], SMALLEST)
+        require_positive("lengths", held["lengths"], 0.0)
+        require_positive("lengths", held["lengths"].sum(), 0.5)
         self.rarity: list[float] = held["rarity"].float().tolist()
+        self._fits = fitting(held["lengths"].float()).tolist()
 
     @classmethod
     def of(cls, groups: Sequence[Gram], numbers: Mapping[str, Tensor]) -> Consensus:
         """One with these numbers, rounded to what a file holds.
 
         Args:
-            numbers: `rarity` and `usual`, the vectors' mean (G,); `mean` and `spread` of the features (D_v,)
+            numbers: `rarity` and `usual`, the vectors' mean (G,); `lengths` (LONGEST + 1,), the shares of
+                captions of so many words; `mean` and `spread` of the features (D_v,)
                 and `named` (C,) as `portrait` takes them; `turn` (D_v + C, Q), the directions in which
                 portraits are compared; `seen` (M, Q), the pictures that are known; `weigh` (M, R) and `say`
                 (R, G), what is said of pictures like each beyond what is usual; `scale`, the length of the
                 expected vectors.
         """
         held = {name: numbers[name].float() for name in ("mean", "spread", "named")}
-        held |= {name: numbers[name].half() for name in ("usual", "rarity", "scale")}
+        held |= {name: numbers[name].half() for name in ("usual", "rarity", "lengths", "scale")}
         seen, say = numbers["seen"], numbers["say"]
         parts = {
             "turn": numbers["turn"],
@@ -161,6 +174,11 @@ class Consensus(Guide):
         weights = self.finite(F.normalize(said, dim=0) * self._numbers["scale"])
         return Expectation(self, weights.tolist(), name)
 
+    def fits(self, words: int) -> float:
+        """How well a caption of so many words fits the lengths of others, 1 at best."""
+        found: float = self._fits[min(words, LONGEST)]
+        return found
+
     def scaled(self, scale: float) -> Consensus:
         """The same, but with expected vectors of that length."""
         width = len(self._held["mean"])
@@ -192,6 +210,20 @@ def portrait(pooled: Tensor, scores: Tensor, usual: Mapping[str, Tensor]) -> Ten
     return torch.cat([seen, math.sqrt(CALLED) * named], dim=1) / math.sqrt(1 + CALLED)
 
 
+def fitting(lengths: Tensor) -> Tensor:
+    """How well captions fit others by their length alone: CIDEr-D's penalty, expected and against the least.
+
+    Args:
+        lengths: (L,) shares of captions of 0 to L - 1 words.
+
+    Returns:
+        (L,) of captions of so many words; 1 is the length that fits best.
+    """
+    words = torch.arange(len(lengths))
+    alike = torch.exp(-((words[:, None] - words) ** 2) / (2 * SPREAD**2)) @ lengths
+    return alike / alike.max()
+
+
 def likeness(some: Tensor, others: Tensor) -> Tensor:
     """(I, Q) and (M, Q) of unit vectors -> (I, M) how alike pictures are: the same 1, nothing in common 0."""
     return (SHARPNESS * (some @ others.T)).expm1() / math.expm1(SHARPNESS)
@@ -209,18 +241,20 @@ class Expectation:
         self, consensus: Consensus, weights: Sequence[float], name: re.Pattern[str] | None = None
     ) -> None:
         self.consensus, self.weights, self.name = consensus, weights, name
-        self._known: dict[str, float] = {}
+        self._known: dict[str, tuple[float, float]] = {}
 
-    def __call__(self, text: str) -> float:
-        """The CIDEr that a caption, or its beginning, is expected to reach; 1 is 100 %.
+    def __call__(self, text: str, whole: bool = False) -> float:
+        """The CIDEr that a whole caption, or its beginning, is expected to reach; 1 is 100 %.
 
         What names what shall be named is worth `NAMED` more. Word groups that the consensus does not tell
         apart count neither for nor against a caption: to hold them against it would make it short and plain.
+        Of a beginning nobody knows the length.
         """
         if text not in self._known:
             named = self.name is not None and bool(self.name.search(text.lower()))
-            self._known[text] = self._agreement(text) + NAMED * named
-        return self._known[text]
+            self._known[text] = self._agreement(text), NAMED * named
+        agreement, more = self._known[text]
+        return agreement * (self.consensus.fits(word_count(text)) if whole else 1.0) + more
 
     def _agreement(self, text: str) -> float:
         groups, rarity = self.consensus.groups, self.consensus.rarity

@@ -17,7 +17,7 @@ from vlm.answering import _expected
 from vlm.beams import TOKEN, WHOLE
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT, GenerationConfig
-from vlm.consensus import NAMED, Consensus, Expectation, portrait, word_groups
+from vlm.consensus import LONGEST, NAMED, Consensus, Expectation, fitting, portrait, word_groups
 from vlm.conversation import Conversation
 from vlm.errors import WeightsError
 from vlm.features import Seen
@@ -37,6 +37,7 @@ def letters(width: int, seed: int = 0, scale: float = 1.0, labels: int = 0) -> C
     groups = [("a",), ("b",), ("a", "b"), ("b", "a"), ("a", "a")]
     numbers = {
         "rarity": torch.tensor([1.0, 2.0, 1.5, 1.5, 3.0]),
+        "lengths": torch.eye(LONGEST + 1)[4],
         "usual": torch.rand(5) / 20,
         "mean": torch.zeros(width),
         "spread": torch.ones(width),
@@ -78,6 +79,19 @@ def test_expected_cider_is_ten_times_the_mean_of_four_cosines() -> None:
     assert expected("a b a zebra") == pytest.approx(10 * (single + pair) / 4)
     assert expected("zebra") == expected("") == 0
     assert expected("a a") < expected("a")
+
+
+def test_a_whole_caption_is_as_long_as_others_are() -> None:
+    """CIDEr-D multiplies by exp(-d^2 / 72), d words longer or shorter; half of these have 3 words, half 5."""
+    lengths = (torch.eye(LONGEST + 1)[3] + torch.eye(LONGEST + 1)[5]) / 2
+    fits = fitting(lengths)
+    assert float(fits[4]) == float(fits.max()) == 1.0
+    raw = [(math.exp(-((n - 3) ** 2) / 72) + math.exp(-((n - 5) ** 2) / 72)) / 2 for n in range(LONGEST + 1)]
+    assert fits.tolist() == pytest.approx([each / raw[4] for each in raw], abs=1e-6)
+    expected = Expectation(letters(4), [0.5, 0.25, 0.125, 0.0, -0.5])  # the others have four words
+    for text, penalty in (("a b a b", 1.0), ("a b a", math.exp(-1 / 72)), ("a", math.exp(-9 / 72))):
+        assert expected(text, whole=True) == pytest.approx(penalty * expected(text))
+    assert expected("a " * 99, whole=True) == expected("A, " * 200, whole=True) < 1e-6
 
 
 def test_a_file_holds_it_beside_the_adapter_in_a_few_bits(
@@ -160,6 +174,7 @@ def test_numbers_are_kept_in_a_few_bits() -> None:
     width, pictures, rank, count = 90, 300, 80, 400
     numbers = {
         "rarity": torch.rand(count),
+        "lengths": torch.full((LONGEST + 1,), 1 / (LONGEST + 1)),
         "usual": torch.rand(count) / 50,
         "mean": torch.randn(width),
         "spread": torch.rand(width) + 0.5,
@@ -204,7 +219,7 @@ def test_what_a_picture_is_called_changes_what_is_expected() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["groups", "rarity", "say", "say.step", "seen.rest", "mean", "named", "sizes"]
+    "name", ["groups", "rarity", "lengths", "say", "say.step", "seen.rest", "mean", "named", "sizes"]
 )
 def test_a_damaged_one_is_named(name: str) -> None:
     tensors = letters(4).tensors()
@@ -227,7 +242,7 @@ def test_wide_enough_beams_find_the_best_of_likely_and_expected(
     likely = model.score([ask], [[model.language.decode(text) for text in said]])[0]
     worth = [
         total / (len(text) + 1)
-        + WHOLE * weight * expected(model.language.decode(text))
+        + WHOLE * weight * expected(model.language.decode(text), whole=True)
         - TOKEN * (len(text) + 1)
         for text, total in zip(said, likely, strict=True)
     ]
