@@ -139,6 +139,8 @@ def look(model: VLM, examples: Sequence[Example], seen: Looks, screen: Screen) -
 def fit(data: Answered) -> KnownAnswers:
     """Kernel ridge regression of the answers, and networks beside it.
 
+    Of an answer that lists several things ("chair, table") each is right too, if it is an answer elsewhere.
+
     Raises:
         DataError: too few questions have an answer that was given twice.
     """
@@ -146,7 +148,8 @@ def fit(data: Answered) -> KnownAnswers:
     given = Counter(answer for answers in lines for answer in answers if 0 < len(answer) <= WIDEST)
     known = [answer for answer, count in given.most_common(ANSWERS) if count >= TWICE]
     places = {answer: place for place, answer in enumerate(known)}
-    kept = [row for row, answers in enumerate(lines) if places.keys() & set(answers)]
+    said = [[[one for one in _listed(answer) if one in places] for answer in row] for row in lines]
+    kept = [row for row, answers in enumerate(said) if any(answers)]
     if len(kept) < LEAST:
         raise DataError(
             f"{len(kept)} questions whose answer was given {TWICE} times are too few to learn from: "
@@ -154,14 +157,20 @@ def fit(data: Answered) -> KnownAnswers:
         )
     right = torch.zeros(len(kept), len(known))
     for number, row in enumerate(kept):
-        for answer in lines[row]:
-            if answer in places:
-                right[number, places[answer]] += 1 / len(lines[row])
+        for listed in said[row]:
+            for answer in listed:
+                right[number, places[answer]] += 1 / len(said[row]) / len(listed)
     questions, pictures = [data.questions[row] for row in kept], data.pictures[kept]
     numbers = _regressed(questions, pictures, data.summaries, right)
     whole = standardised(data.summaries, numbers["mean"], numbers["spread"])
     nets = learn_nets(questions, right, pictures, Shown(data.cells, whole, numbers["mean"]))
     return KnownAnswers.of(questions, known, numbers, nets)
+
+
+def _listed(answer: str) -> list[str]:
+    """An answer, and what it lists."""
+    parts = [part.strip() for part in answer.split(",")]
+    return list(dict.fromkeys([answer, *filter(None, parts)]))
 
 
 def _regressed(

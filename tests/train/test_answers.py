@@ -126,6 +126,17 @@ def test_answers_of_several_people_count_by_their_share(monkeypatch: pytest.Monk
         fit(Answered(["what"] * 200, [(str(i),) for i in range(200)], pictures, **data))
 
 
+def test_what_a_list_names_is_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught: list[torch.Tensor] = []
+    monkeypatch.setattr("vlm.train.answers.learn_nets", lambda questions, right, *_: taught.append(right))
+    pictures, data = torch.zeros(300, dtype=torch.long), shown(torch.randn(1, 9, 4))
+    answers = [("chair, table",), ("chair", "chair, table"), ("table, table, a rare thing,",)] * 100
+    known = fit(Answered(["what is there"] * 300, answers, pictures, **data))
+    assert known.answers == ["chair, table", "chair", "table, table, a rare thing,"]
+    # "table" and "a rare thing" are no answers elsewhere
+    assert taught[0][:3].tolist() == [[0.5, 0.5, 0.0], [0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]
+
+
 def test_long_questions_and_many_are_bounded(
     coloured: Path,
     recipe: Callable[..., TrainConfig],
