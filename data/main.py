@@ -199,7 +199,7 @@ def _remember_parser(commands: Any) -> None:
     )
     parser.add_argument("source", help="a captioned source, as for check")
     parser.add_argument("memory", type=Path, metavar="MEMORY", help="a folder; what it holds is added to")
-    parser.add_argument("--split", default="train", help="part of the source (default: train)")
+    parser.add_argument("--split", default="train", help="part of the source (default: train), or train+dev")
     parser.add_argument(
         "--adapter", default="default", metavar="ID|DIR", help="whose encoder sees the pictures"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,11 +97,15 @@ def remember(
 def captions_by_picture(source: str | Path, split: str = "train") -> dict[str, tuple[ImageSource, list[str]]]:
     """Each picture of a part with its captions, written the way the model speaks.
 
+    Args:
+        split: of several parts, with + between them (`train+dev`), each picture is there once.
+
     Raises:
-        DataError: the part cannot be read or holds no captions.
+        DataError: a part cannot be read, or none holds captions.
     """
     found: dict[str, tuple[ImageSource, list[str]]] = {}
-    for example in read_source(source, split, divide=False).checked():
+    parts = [read_source(source, part, divide=False).checked() for part in split.split("+")]
+    for example in itertools.chain.from_iterable(parts):
         if example.meta.get("task") != "caption" or len(example.images) != 1:
             continue
         captions = list(filter(None, map(normalise_caption, example.answers)))

@@ -34,7 +34,7 @@ from vlm.train.screen import Screen
 from vlm.weights_cache import cache_root
 
 VIEWS = ("whole", "flip")
-RIDGE, MOST = 0.3, 6000
+RIDGE, MOST = 0.3, 8000
 """Of the regression; pictures that are kept, a random part where there are more."""
 GROUPS, DIRECTIONS, RANK = 18_000, 512, 512
 """Word groups that are told apart, those that weigh most in the captions; directions in which pictures are
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
     )
     add_place(parser)
     parser.add_argument("source", metavar="SRC", help="captioned pictures: a folder, table, public set")
-    parser.add_argument("--split", default="train", help="part of the source (default: train)")
+    parser.add_argument("--split", default="train", help="part of the source (default: train), or train+dev")
     add_common(parser)
     args = parser.parse_args(argv)
     apply_common(args)

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from vlm.adapter_file import read_adapter
 from vlm.checkpoint import build_model, load_model, save_adapter
 from vlm.consensus import likeness
+from vlm.data.remember import captions_by_picture
 from vlm.errors import DataError
 from vlm.features import Seen
 from vlm.images import open_picture
@@ -155,6 +156,22 @@ def test_one_command_writes_it_into_an_adapter(
     seen = model.features.see([open_picture(coloured / "2.png")])
     assert found.labels == len(model.encoder.labels) == seen.scores.shape[1]
     assert found.expect(seen)("a blue square") > found.expect(seen)("a red square")
+
+
+def test_several_parts_are_one(tmp_path: Path) -> None:
+    for part, numbers in (("train", range(3)), ("dev", range(3, 5))):
+        (tmp_path / part).mkdir()
+        with open(tmp_path / part / "metadata.csv", "w", newline="") as file:
+            rows = [(f"{n}.png", f"a thing of number {n}") for n in numbers for _ in range(2)]
+            csv.writer(file).writerows([("file_name", "caption"), *rows])
+        for number in numbers:
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / part / f"{number}.png")
+    found = {part: captions_by_picture(tmp_path, part) for part in ("train", "dev", "train+dev")}
+    assert found["train+dev"] == found["train"] | found["dev"]
+    assert [len(part) for part in found.values()] == [3, 2, 5]
+    assert all(len(captions) == 2 for _, captions in found["train+dev"].values())
+    with pytest.raises(DataError, match="unknown split 'deve'"):
+        captions_by_picture(tmp_path, "train+deve")
 
 
 def test_an_adapter_that_ships_is_not_written_to(coloured: Path, capsys: pytest.CaptureFixture[Any]) -> None:
