@@ -23,7 +23,7 @@ Candidate = tuple[float, int, int, float]
 """A way to go on: the log-probability of all, the beam, the token and its own log-probability."""
 WIDE = 8
 """Tokens of each beam that are weighed where beams are guided: the expected one may not be the likeliest."""
-WHOLE, TOKEN = 2.0, 0.02
+WHOLE, TOKEN = 2.0, 0.03
 """Between guided captions that have ended, what is expected counts so many times as much as while they grow,
 as it tells less of a beginning; and every token costs so much: words that nobody expects count for nothing
 otherwise, and lengthen."""
