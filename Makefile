@@ -51,7 +51,7 @@ model: $(VENV)/.weights
 	$(BIN)/vlm train consensus runs/default $(DATA)
 	$(BIN)/vlm weights shrink runs/default
 	$(BIN)/vlm train daquar data=$(ROOMS) start=runs/default out=runs/daquar sources.0.split=train-rest
-	$(BIN)/vlm train answers runs/daquar $(ROOMS) --split train-rest
+	$(BIN)/vlm train answers runs/daquar $(ROOMS)
 	$(BIN)/vlm weights shrink runs/daquar
 
 clean:
