@@ -54,9 +54,7 @@ def image_key(image: ImageSource) -> str:
     return str(sha256) if sha256 else hashlib.sha256(image.tobytes()).hexdigest()  # type: ignore[union-attr]
 
 
-def split_by_image(
-    examples: Sequence[Example], fraction: float = 0.2, salt: str = ""
-) -> tuple[list[Example], list[Example]]:
+def split_by_image(examples: Sequence[Example], fraction: float = 0.2) -> tuple[list[Example], list[Example]]:
     """(the rest, the part set aside): `fraction` of the pictures, at least one, with all said of them.
 
     Pictures are ranked by a hash of their names, so the order of the examples does not matter. Examples that
@@ -65,7 +63,7 @@ def split_by_image(
     Raises:
         DataError: there are fewer than two pictures.
     """
-    ranks = rank_by_image(examples, salt, copies=True)
+    ranks = rank_by_image(examples, copies=True)
     count = max(ranks, default=-1) + 1
     if count < 2:
         raise DataError(

@@ -30,7 +30,6 @@ from vlm.train.shapes import SHAPES, shapes
 
 MEMORY = 6 << 30
 """Bytes of features held in memory; the rest is read from the cache, step by step."""
-HOLDOUT_SALT = "holdout"
 
 Progress = Callable[[str, int, int], None]
 Labels = list[list[tuple[str, float]]]
@@ -101,7 +100,8 @@ def set_aside(
 ) -> tuple[list[Source], list[Example]]:
     """The sources without a share of their pictures, and every example of those pictures.
 
-    Where the data has a `part` for this, nothing is taken from the sources.
+    Where the data has a `part` for this, nothing is taken from the sources. A fifth of one's
+    own folder is what `vlm eval --split dev` asks about.
 
     Raises:
         DataError: there are fewer than two pictures.
@@ -112,7 +112,7 @@ def set_aside(
         first = replace(sources[0], bad=[*sources[0].bad, *part.bad], texts=[*sources[0].texts, *part.texts])
         return [first, *sources[1:]], list(part.examples)
     try:
-        _, held = split_by_image([e for source in sources for e in source.examples], share, HOLDOUT_SALT)
+        _, held = split_by_image([e for source in sources for e in source.examples], share)
     except DataError as problem:
         raise DataError(f"{problem}: say holdout=0 to learn from everything") from None
     away = {id(example) for example in held}

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from vlm.conversation import ImageSlot, Turn
 from vlm.data.example import Example
+from vlm.eval import tasks
+from vlm.train.config import SourceConfig
 from vlm.train.holdout import MOST, Asked, Held
+from vlm.train.prepare import read_source, set_aside
+
+if TYPE_CHECKING:
+    from vlm.train.config import TrainConfig
 
 
 def examples(count: int) -> list[Example]:
@@ -42,3 +52,23 @@ def test_few_are_all_asked(capsys: pytest.CaptureFixture[str]) -> None:
     held.show(asked(held))
     first = capsys.readouterr().out.splitlines()[0]
     assert first.strip() == "5 pictures that training has not seen"
+
+
+def test_what_is_set_aside_of_a_folder_is_what_dev_asks_about(
+    recipe: Callable[..., TrainConfig], tmp_path: Path, draw: Callable[..., Any]
+) -> None:
+    rows = ["file_name,question,answer"]
+    for number in range(20):
+        draw(number).save(tmp_path / f"{number}.png")
+        rows += [f"{number}.png,What is it?,dog", f"{number}.png,And this?,man"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    config = recipe(sources=(SourceConfig(),), data=str(tmp_path), holdout=0.2)
+    kept, held = set_aside([read_source(config.sources[0], config)], config.holdout)
+    dev, rest = (tasks.get("folder-vqa").examples(tmp_path, part) for part in ("dev", "train-rest"))
+    assert _asked(held) == _asked(dev)
+    assert _asked(kept[0].examples) == _asked(rest)
+    assert (len(dev), len(rest)) == (8, 32)
+
+
+def _asked(examples: Sequence[Example]) -> set[tuple[str, str]]:
+    return {(str(example.images[0]), example.turns[0].text) for example in examples}
