@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm.config import AbstainConfig
 from vlm.errors import DataError
-from vlm.eval import report, tasks
+from vlm.eval import contamination, report, tasks
 from vlm.options import add_offline, make_parser
 
 LEAST = 20
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
         f"that is {fitted.coverage:.1%} of the questions, {fitted.accuracy:.1%} right (all: "
         f"{block['metrics'][block['main_metric']]:.1f} %)"
     )
+    if said := contamination.warning(block.get("guide")):
+        print(f"of new pictures less will be right: {said}")
     return 0
 
 

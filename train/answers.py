@@ -11,6 +11,7 @@ without, nothing is written.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,8 +169,8 @@ def fit(data: Answered) -> KnownAnswers:
 
 
 def _listed(answer: str) -> list[str]:
-    """An answer, and what it lists."""
-    parts = [part.strip() for part in answer.split(",")]
+    """An answer, and what it lists; "1,000" is no list."""
+    parts = [part.strip() for part in re.split(r",(?!\d)", answer)]
     return list(dict.fromkeys([answer, *filter(None, parts)]))
 
 

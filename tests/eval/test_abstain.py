@@ -160,7 +160,12 @@ def test_evaluate_calibrate_abstain(place: Path, capsys: pytest.CaptureFixture[s
     assert (adapter / "adapter.safetensors").read_bytes() == before
     assert (abstain["task"], abstain["split"], abstain["target"]) == ("folder-vqa", "all", 0.95)
     assert 20 / 24 <= abstain["coverage"] < 1.0
-    capsys.readouterr()
+    assert "of new pictures" not in capsys.readouterr().out
+    block = json.loads(out.read_text())
+    told = {"pictures": 3, "of": 24, "command": "vlm train answers"}
+    out.write_text(json.dumps(block | {"guide": told}))
+    assert main(["eval", "calibrate", str(out), "--target", "0.95"]) == 0
+    assert "of new pictures less will be right: 3 of 24 pictures are among" in capsys.readouterr().out
     assert main([*ask, "--abstain", "--json"]) == 0
     given = json.loads(capsys.readouterr().out)
     assert given["abstained"] == (given["confidence"] < abstain["threshold"])
@@ -168,8 +173,8 @@ def test_evaluate_calibrate_abstain(place: Path, capsys: pytest.CaptureFixture[s
     table = place / "answers.csv"
     assert main(["ask", str(place / "data"), *ask[2:], "--abstain", "--out", str(table)]) == 0
     with open(table, newline="", encoding="utf-8") as file:
-        told = [row["answer"] for row in csv.DictReader(file)]
-    assert told.count(CANNOT_TELL) == round(24 * (1 - abstain["coverage"]))
+        written = [row["answer"] for row in csv.DictReader(file)]
+    assert written.count(CANNOT_TELL) == round(24 * (1 - abstain["coverage"]))
 
 
 def test_a_report_of_another_adapter_is_refused(

@@ -23,7 +23,7 @@ from vlm.config import AbstainConfig
 from vlm.errors import DataError, WeightsError
 from vlm.known_answers import KnownAnswers, QuestionKernel, joint, standardised, summary
 from vlm.train import main
-from vlm.train.answers import RIDGE, Answered, _regressed, answered_examples, fit, look
+from vlm.train.answers import RIDGE, Answered, _listed, _regressed, answered_examples, fit, look
 from vlm.train.config import SourceConfig
 from vlm.train.holdout import EXACT
 from vlm.train.run import make_model, train
@@ -134,6 +134,7 @@ def test_what_a_list_names_is_right_too(monkeypatch: pytest.MonkeyPatch) -> None
     known = fit(Answered(["what is there"] * 300, answers, pictures, **data))
     assert known.answers == ["chair, table", "chair", "table, table, a rare thing,"]
     # "table" and "a rare thing" are no answers elsewhere
+    assert _listed("1,000") == ["1,000"] and _listed("cup,1, 2") == ["cup,1, 2", "cup,1", "2"]
     assert taught[0][:3].tolist() == [[0.5, 0.5, 0.0], [0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]
 
 
