@@ -71,7 +71,7 @@ def fitted(session: Session) -> dict[str, Any] | None:
     """
     model = session.model
     guide = model.consensus if session.task.captions else model.known_answers
-    if guide is None:
+    if guide is None or session.likelihood:
         return None
     images, known = list(_pictures(session.examples).values()), 0
     for begin in range(0, len(images), TOGETHER):
