@@ -94,17 +94,20 @@ def remember(
     return done
 
 
-def captions_by_picture(source: str | Path, split: str = "train") -> dict[str, tuple[ImageSource, list[str]]]:
+def captions_by_picture(
+    source: str | Path, split: str = "train", *, divide: bool = False
+) -> dict[str, tuple[ImageSource, list[str]]]:
     """Each picture of a part with its captions, written the way the model speaks.
 
     Args:
         split: of several parts, with + between them (`train+dev`), each picture is there once.
+        divide: of a source with one part only, `dev` is a fifth (else it has `train` only).
 
     Raises:
         DataError: a part cannot be read, or none holds captions.
     """
     found: dict[str, tuple[ImageSource, list[str]]] = {}
-    parts = [read_source(source, part, divide=False).checked() for part in split.split("+")]
+    parts = [read_source(source, part, divide=divide).checked() for part in split.split("+")]
     for example in itertools.chain.from_iterable(parts):
         if example.meta.get("task") != "caption" or len(example.images) != 1:
             continue

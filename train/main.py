@@ -7,6 +7,7 @@ vlm train plan flickr8k-larger
 vlm train ladder flickr8k-flamingo data=DIR ladder.pictures=[300,600,1200,2400,4800]
 vlm train selftest
 vlm train consensus ADAPTER CAPTIONED
+vlm train captioner ADAPTER CAPTIONED
 vlm train answers ADAPTER QUESTIONS
 vlm train card OUT --reports REPORT.json
 """
@@ -31,6 +32,7 @@ COMMANDS = {
     "plan": "vlm.train.plan",
     "ladder": "vlm.train.ladder",
     "consensus": "vlm.train.consensus",
+    "captioner": "vlm.train.captioner",
     "answers": "vlm.train.answers",
 }
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vlm.captioner import Captioner
 from vlm.consensus import Consensus
 from vlm.errors import WeightsError
 from vlm.known_answers import KnownAnswers
 from vlm.quantised import STEP, dequantise_all, quantise_large
 
-GUIDES = (Consensus.PREFIX, KnownAnswers.PREFIX)
+GUIDES = (Consensus.PREFIX, Captioner.PREFIX, KnownAnswers.PREFIX)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,33 @@ class AdapterFile:
             raise WeightsError(
                 f"captions are guided by {found.labels} labels of an encoder, this one has {labels}: "
                 f"`{found.COMMAND}` fits the guide anew"
+            )
+        return found
+
+    def captioner(
+        self, width: int, cells: int, labels: int | None = None, vocabulary: tuple[int, int] | None = None
+    ) -> Captioner | None:
+        """Who says its captions with the language model, or None where nobody was taught to.
+
+        Args:
+            width: D_v of the encoder's features.
+            cells: N of them.
+            labels: C of its classifier; None where the encoder is not at hand.
+            vocabulary: tokens of the language model and the width of their embeddings; None likewise.
+
+        Raises:
+            WeightsError: damaged, or of other frozen parts.
+        """
+        found = Captioner.from_tensors(self.guides, width)
+        if found is None:
+            return None
+        fits = found.cells == cells and labels in (None, found.labels)
+        if vocabulary is not None:
+            count, wide = vocabulary
+            fits = fits and found.wide == wide and int(found.tokens.max()) < count
+        if not fits:
+            raise WeightsError(
+                f"captions are said by a captioner of other frozen parts: `{found.COMMAND}` teaches one anew"
             )
         return found
 

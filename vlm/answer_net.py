@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.grams import Gram
-from vlm.guide import require, squeezed, unsqueezed
-from vlm.quantised import dequantise, quantise, require_quantised
+from vlm.guide import BITS, load_module, module_tensors, squeezed, unsqueezed
+from vlm.quantised import require_quantised
 
 WIDTH, HEADS = 192, 4
 """Of a network's states; places that it looks at."""
@@ -24,8 +24,6 @@ DROPOUT, LOST, UNREAD = 0.5, 0.2, 0.1
 """While it learns: of states, of a picture's cells, of a question's word groups."""
 LOUD = 0.3
 """Root mean square of the summary's numbers."""
-BITS = 8
-"""Of a number on disk."""
 MOST = 16
 """Networks that a file may hold."""
 
@@ -107,9 +105,7 @@ class AnswerNets:
         """Everything that they are, matrices in 8 bits."""
         held = {"net.groups": squeezed([" ".join(group) for group in self.groups])}
         for number, net in enumerate(self.nets):
-            for name, tensor in net.state_dict().items():
-                key = f"net{number}.{name}"
-                held |= quantise(key, tensor, BITS) if tensor.dim() == 2 else {key: tensor.float()}
+            held |= module_tensors(f"net{number}.", net)
         return held
 
     @classmethod
@@ -137,14 +133,4 @@ def _loaded(held: Mapping[str, Tensor], begin: str, sizes: tuple[int, int, int, 
     """The network whose numbers' names begin so."""
     with torch.random.fork_rng(devices=[]):
         net = AnswerNet(*sizes)  # not on `meta`: to draw there imports 900 modules, a third of a second
-    own = {}
-    for name, like in net.state_dict().items():
-        key, shape = begin + name, tuple(like.shape)
-        if len(shape) == 2:
-            require_quantised(held, key, BITS, (shape[0], shape[1]))
-            own[name] = dequantise(held, key, BITS, shape[1])
-        else:
-            require(held, key, torch.float32, shape)
-            own[name] = held[key]
-    net.load_state_dict(own)
-    return net.requires_grad_(False)
+    return load_module(held, begin, net)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlm.answer import Answer, Usage
 from vlm.beams import beam_search
+from vlm.captioner import Speaker
 from vlm.config import CAPTION_PROMPT, GenerationConfig
 from vlm.consensus import Expectation
 from vlm.conversation import Conversation, ImageSource
@@ -43,9 +44,13 @@ def answer_all(model: VLM, conversations: Sequence[Conversation], config: Genera
         requests = []
         for group in part:
             for row, seen, members in _rows(model, conversations, group):
-                expected = _expected(model, conversations[members[0][0]], seen, config)
+                expected, speaker = _captioning(model, conversations[members[0][0]], seen, config)
                 guides = [_guide(model, conversations[i], seen.features, config) for i, _ in members]
-                requests.append(DecodeRequest(row, seen.features, config, expected=expected, guides=guides))
+                requests.append(
+                    DecodeRequest(
+                        row, seen.features, config, expected=expected, speaker=speaker, guides=guides
+                    )
+                )
                 asked += members
         encoded = time.perf_counter()
         if config.num_beams > 1:
@@ -102,16 +107,20 @@ def _rows(
         yield row, Seen(features[places], seen.scores[places]), members
 
 
-def _expected(
+def _captioning(
     model: VLM, conversation: Conversation, seen: Seen, config: GenerationConfig
-) -> Expectation | None:
-    """What the caption of one picture will say; None where something else is asked, or nothing known."""
+) -> tuple[Expectation | None, Speaker | None]:
+    """What the caption of one picture will say, and who says it with the language model; None where something
+    else is asked, or nothing known."""
     asked = [turn.text for turn in conversation.turns]
-    if model.consensus is None or asked != [CAPTION_PROMPT] or len(seen.features) != 1:
-        return None
-    if config.num_beams == 1 or not config.consensus:
-        return None
-    return model.consensus.expect(seen, model.encoder.labels)
+    if asked != [CAPTION_PROMPT] or len(seen.features) != 1 or config.num_beams == 1:
+        return None, None
+    expected = speaker = None
+    if model.consensus is not None and config.consensus:
+        expected = model.consensus.expect(seen, model.encoder.labels)
+    if model.captioner is not None and config.captioner:
+        speaker = model.captioner.speaker(seen, model.language.embeddings)
+    return expected, speaker
 
 
 def _guide(

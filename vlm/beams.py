@@ -129,7 +129,8 @@ class _Beams:
 def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: GenerationConfig) -> list[Writer]:
     """The best of `num_beams` beams for each prompt, by log-probability over length ** length_penalty.
 
-    To the score of a caption comes by how much it is expected to agree with what people say of the picture.
+    A caption's tokens are chosen by the language model and the captioner together, where there is one; to its
+    score comes by how much it is expected to agree with what people say of the picture.
     """
     count, size, end = len(requests), config.num_beams, model.language.frame.end
     features = torch.cat([request.features for request in requests])
@@ -146,6 +147,10 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     active = list(range(count))
     left: dict[int, list[float]] = {}
     for length in itertools.count(1):
+        for row, i in enumerate(active):
+            if (speaker := requests[i].speaker) is not None:
+                said = beams[i].ids[: logits.shape[1]]
+                logits[row, : len(said)] = speaker.join(logits[row, : len(said)], said, config.captioner)
         parents, tokens, totals = _extend(logits, totals, [beams[i] for i in active], banned, end)
         left.update(zip(active, totals.tolist(), strict=True))
         staying = [not beams[p].done and length < limits[p] for p in active]

@@ -285,8 +285,11 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0, *, guides: bool = Tr
         WeightsError: names or shapes differ, or a number is none.
     """
     file, encoder = read_adapter(folder), model.encoder
-    captions = file.consensus(encoder.width, len(encoder.labels)) if guides else None
-    answers = file.known_answers(encoder.width, encoder.tokens) if guides else None
+    width, cells, labels = encoder.width, encoder.tokens, len(encoder.labels)
+    vocabulary = model.language.vocabulary, model.language.width
+    consensus = file.consensus(width, labels) if guides else None
+    captioner = file.captioner(width, cells, labels, vocabulary) if guides else None
+    answers = file.known_answers(width, cells) if guides else None
     tensors = regrid(file.tensors, tokens, encoder.tokens) if tokens else file.tensors
     try:
         model.adapter.load_state_dict(tensors, strict=True)
@@ -296,7 +299,7 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0, *, guides: bool = Tr
             f"{folder / 'adapter.safetensors'} does not fit its config.json: {reason}"
         ) from problem
     model.hashes["adapter"] = file.sha256
-    model.consensus, model.known_answers = captions, answers
+    model.consensus, model.captioner, model.known_answers = consensus, captioner, answers
 
 
 def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> None:

@@ -197,6 +197,9 @@ class GenerationConfig:
     consensus: float = 2.0
     """Weight of a caption's expected CIDEr (1 is 100 %) beside its mean log-probability, where beams caption
     one picture and the adapter knows what captions say (`vlm train consensus`); 0: log-probability alone."""
+    captioner: float = 0.5
+    """Share of the adapter's captioner (`vlm train captioner`) in a token's log-probability, where beams
+    caption one picture; 0: the language model alone."""
     known_answers: float = 6.0
     """Nats by which an answer rises when it is expected e times as much, where the adapter knows answers
     (`vlm train answers`), one question is asked about one picture, and decoding is greedy; 0: not at all."""
@@ -212,6 +215,7 @@ class GenerationConfig:
             "seed": self.seed is None or -(2**63) <= self.seed < 2**64,
             "length_penalty": -10 <= self.length_penalty <= 10,
             "consensus": 0 <= self.consensus < math.inf,
+            "captioner": 0 <= self.captioner <= 1,
             "known_answers": 0 <= self.known_answers <= 1000,
             "batch_size": self.batch_size >= 1,
         }

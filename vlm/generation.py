@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.answer import FinishReason, TokenLogprob
+from vlm.captioner import Speaker
 from vlm.config import GenerationConfig
 from vlm.consensus import Expectation
 from vlm.decoder import DecoderState, Prefill, finite
@@ -37,6 +38,7 @@ class DecodeRequest:
     Attributes:
         latents: (images, L, W) that the adapter makes of the features, where they are known already.
         expected: what the answer, a caption, is expected to say; beams are guided by it.
+        speaker: who says the caption together with the language model.
         guides: of each prompt of the row, where answers to it are known: greedy decoding is guided by it.
     """
 
@@ -45,6 +47,7 @@ class DecodeRequest:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     latents: Tensor | None = None
     expected: Expectation | None = None
+    speaker: Speaker | None = None
     guides: Sequence[AnswerGuide | None] = ()
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.errors import WeightsError
 from vlm.features import Seen
+from vlm.quantised import dequantise, quantise, require_quantised
+
+BITS = 8
+"""Of a number of a network's matrices on disk."""
+Net = TypeVar("Net", bound=nn.Module)
 
 MOST = 4 << 20
 """Bytes that a text may take, unpacked."""
@@ -122,6 +127,33 @@ def require_positive(name: str, numbers: Tensor, least: float = 1.0) -> None:
 def usable(spread: Tensor) -> Tensor:
     """Spreads of features to divide by; what never changes tells nothing, and must not become loud."""
     return spread.clamp(min=1e-3 * float(spread.mean()) + SMALLEST)
+
+
+def module_tensors(begin: str, module: nn.Module) -> dict[str, Tensor]:
+    """Everything that a network is, matrices in 8 bits, by names that begin so."""
+    held: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        held |= quantise(begin + name, tensor, BITS) if tensor.dim() == 2 else {begin + name: tensor.float()}
+    return held
+
+
+def load_module(held: Mapping[str, Tensor], begin: str, module: Net) -> Net:
+    """What `module_tensors` gave, in a network made for it; frozen.
+
+    Raises:
+        KeyError, ValueError: a number is missing or of another shape.
+    """
+    own = {}
+    for name, like in module.state_dict().items():
+        key, shape = begin + name, tuple(like.shape)
+        if len(shape) == 2:
+            require_quantised(held, key, BITS, (shape[0], shape[1]))
+            own[name] = dequantise(held, key, BITS, shape[1])
+        else:
+            require(held, key, torch.float32, shape)
+            own[name] = held[key]
+    module.load_state_dict(own)
+    return module.eval().requires_grad_(False)
 
 
 def squeezed(lines: list[str]) -> Tensor:

@@ -136,6 +136,13 @@ class LanguageModel(nn.Module):
             return {}
         return {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
+    @property
+    def embeddings(self) -> Tensor:
+        """(V, D) of all tokens."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def embed(self, ids: Tensor) -> Tensor:
         """(..., ) ids -> (..., D)."""
         embedded = self.model.get_input_embeddings()(ids)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlm.adapters import Adapter, Conditioning, build_adapter
 from vlm.answer import CANNOT_TELL, Answer
+from vlm.captioner import Captioner
 from vlm.config import (
     CAPTION_BEAMS,
     CAPTION_PROMPT,
@@ -55,6 +56,7 @@ class VLM(nn.Module):
         memory: the pictures that it remembers, or None; see `remember`.
         abstain: below which confidence it cannot tell, or None where that was never fitted.
         consensus: what captions of a picture will say, or None where that was never fitted.
+        captioner: who says captions together with the language model, or None likewise.
         known_answers: what was right of like questions about like pictures, or None likewise.
     """
 
@@ -83,6 +85,7 @@ class VLM(nn.Module):
         self.memory: Memory | None = None
         self.abstain: AbstainConfig | None = None
         self.consensus: Consensus | None = None
+        self.captioner: Captioner | None = None
         self.known_answers: KnownAnswers | None = None
         self.fused_loss = True
 
@@ -212,7 +215,8 @@ class VLM(nn.Module):
 
     def look(self, pictures: Sequence[Picture], view: str = "whole") -> Seen:
         """What the encoder makes of pictures; its labels are asked for where hints or captions want them."""
-        scored = self.config.hints.count > 0 or self.consensus is not None
+        captions = self.consensus is not None or self.captioner is not None
+        scored = self.config.hints.count > 0 or captions
         return self.features.see(pictures, view, scored=scored)
 
     def told(self, seen: Seen, pictures: Sequence[Picture]) -> list[str]:

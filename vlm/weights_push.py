@@ -49,8 +49,10 @@ def adapter_files(folder: Path) -> list[Path]:
     values = read_config(folder)
     model_config(folder, values)
     file, sizes = read_adapter(folder), values["features"]
-    file.consensus(int(sizes["width"]))
-    file.known_answers(int(sizes["width"]), int(sizes["tokens"]))
+    width, cells = int(sizes["width"]), int(sizes["tokens"])
+    file.consensus(width)
+    file.captioner(width, cells)
+    file.known_answers(width, cells)
     return [folder / name for name in (*ADAPTER_FILES, *RUN_FILES) if (folder / name).is_file()]
 
 

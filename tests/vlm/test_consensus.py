@@ -13,7 +13,7 @@ import torch
 from helpers import damages
 
 from vlm.adapter_file import read_adapter, shrink
-from vlm.answering import _expected
+from vlm.answering import _captioning
 from vlm.beams import TOKEN, WHOLE
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT, GenerationConfig
@@ -319,7 +319,7 @@ def test_beams_are_told_what_the_classifier_calls_a_picture(
     model.consensus = letters(model.encoder.width, labels=len(model.encoder.labels))
     ask, scores = Conversation.ask([draw(1)], CAPTION_PROMPT), torch.zeros(1, len(model.encoder.labels))
     scores[0, model.encoder.labels.index("tabby")] = 0.9
-    expected = _expected(
+    expected, _ = _captioning(
         model, ask, Seen(model.encode(ask_pictures(ask)), scores), GenerationConfig(num_beams=3)
     )
     assert expected is not None

@@ -1,0 +1,165 @@
+"""`vlm train captioner`: a small network learns to caption; it speaks with the adapter's language model.
+
+    vlm train captioner ADAPTER SRC [--out DIR]    half an hour for Flickr8k; SRC is anything with captions
+
+The frozen features and labels of every picture and of its mirror image are looked up or computed, and a
+network of seven million numbers learns what is said of them (`vlm.train.caption_net`). Then pictures of
+`dev`, of which it has learnt nothing, are captioned without it and with it: if that is not better, nothing
+is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm.captioner import Captioner, CaptionNet
+from vlm.checkpoint import save_guide
+from vlm.data.mirror import mirrored
+from vlm.data.remember import TOGETHER, captions_by_picture
+from vlm.errors import DataError
+from vlm.eval.metrics.captions import score_captions
+from vlm.images import ImageError, open_picture
+from vlm.language import LanguageModel
+from vlm.model import VLM
+from vlm.options import add_common, apply_common, keep_memory, make_parser
+from vlm.train.caption_net import Lessons, Text, teach
+from vlm.train.place import add_place, place
+from vlm.train.screen import Screen
+from vlm.vision import VIEWS
+from vlm.weights_cache import cache_root
+
+SAID = 3
+"""Times that a token must be said to be known."""
+FEWEST, HELD = 500, 200
+"""Of fewer pictures nothing is learnt; so many of `dev` are captioned without it and with it."""
+
+Captions = dict[str, tuple[Tensor, list[str], list[str]]]
+"""By picture: (V, C) label probabilities in each view, the feature cache's keys, and its captions."""
+
+
+def looked_at(model: VLM, source: str | Path, split: str, screen: Screen) -> Captions:
+    """What a source's captioned pictures show; those that cannot be read are counted and named.
+
+    Raises:
+        DataError: the part cannot be read or holds no captions.
+    """
+    found = captions_by_picture(source, split, divide=True)
+    names, seen, bad = list(found), {}, list[str]()
+    for begin in range(0, len(names), TOGETHER):
+        opened = {}
+        for name in names[begin : begin + TOGETHER]:
+            try:
+                opened[name] = open_picture(found[name][0])
+            except ImageError as problem:
+                bad.append(str(problem))
+        pictures = list(opened.values())
+        scores = torch.stack([model.features.see(pictures, view).scores for view in VIEWS], dim=1)
+        for name, picture, said in zip(opened, pictures, scores, strict=True):
+            keys = [model.features.key(picture, view) for view in VIEWS]
+            seen[name] = said.clone(), keys, found[name][1]
+        screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
+    if bad:
+        screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
+    return seen
+
+
+def known_tokens(language: LanguageModel, captions: Sequence[Sequence[str]]) -> list[int]:
+    """The end, and the tokens that are said often enough."""
+    counts = Counter(token for texts in captions for text in texts for token in language.encode_text(text))
+    return [language.frame.end, *sorted(token for token, count in counts.items() if count >= SAID)]
+
+
+def lessons(model: VLM, seen: Captions, tokens: Sequence[int]) -> Lessons:
+    """What a network learns from: captions of the pictures, and of their mirror images."""
+    places = {token: place for place, token in enumerate(tokens)}
+
+    def heard(texts: Sequence[str | None]) -> list[Text]:
+        ids = [model.language.encode_text(text) for text in texts if text is not None]
+        return [[places[token] for token in text if token in places] for text in ids]
+
+    held = list(seen.values())
+    told = [captions for _, _, captions in held]
+    scores = torch.stack([said for said, _, _ in held])
+
+    def see(view: int, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        keys = [held[place][1][view] for place in pictures.tolist()]
+        return model.features.stored(keys), scores[pictures, view]
+
+    texts = [[heard(captions) for captions in told]]
+    texts.append([heard(list(map(mirrored, captions))) for captions in told])
+    return Lessons(see, texts)
+
+
+def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> tuple[Captioner, float, float]:
+    """A captioner, and CIDEr of pictures of `dev` without it and with it.
+
+    Raises:
+        DataError: too few pictures, or captions are no better with it.
+    """
+    seen = looked_at(model, source, split, screen)
+    if len(seen) < FEWEST:
+        raise DataError(f"{len(seen)} captioned pictures are too few to learn from: {FEWEST} are needed")
+    dev = list(captions_by_picture(source, "dev", divide=True).values())[:HELD]
+    tokens = known_tokens(model.language, [captions for _, _, captions in seen.values()])
+    screen.say(f"{len(seen)} captioned pictures, {len(tokens)} tokens are known")
+    labels = len(next(iter(seen.values()))[0][0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = CaptionNet(
+            len(tokens),
+            model.language.width,
+            cells=model.encoder.tokens,
+            channels=model.encoder.width,
+            labels=labels,
+        )
+    net.hear(model.language.embeddings[torch.tensor(tokens)])
+    captioner = Captioner.of(teach(net, lessons(model, seen, tokens), screen.progress), tokens)
+    screen.say(f"{len(dev)} pictures of dev are captioned without it and with it")
+    found = []
+    for model.captioner in (None, captioner):
+        said = [answer.text for answer in model.caption([image for image, _ in dev])]
+        found.append(score_captions(said, [captions for _, captions in dev], java=False).metrics["cider"])
+    before, after = found
+    if not after > before:
+        raise DataError(
+            f"captions of pictures set aside have CIDEr {after:.1f} with what was learnt, {before:.1f} "
+            "without: nothing is written"
+        )
+    return captioner, before, after
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `vlm train captioner`."""
+    parser = make_parser(
+        "vlm train captioner", "Teach a small captioner; it says captions with an adapter's language model."
+    )
+    add_place(parser)
+    parser.add_argument("source", metavar="SRC", help="captioned pictures: a folder, table, public set")
+    parser.add_argument(
+        "--split", default="train-rest", help="part of the source (default: train-rest, what dev leaves)"
+    )
+    add_common(parser)
+    args = parser.parse_args(argv)
+    apply_common(args)
+    keep_memory()
+    folder, out = place(args)
+    model = VLM.from_pretrained(
+        folder,
+        offline=args.offline,
+        device=args.device,
+        dtype=args.dtype,
+        feature_cache=cache_root() / "features",
+    )
+    with Screen() as screen:
+        captioner, before, after = learn(model, args.source, args.split, screen)
+    save_guide(folder, captioner, out)
+    print(
+        f"CIDEr of captions of pictures set aside: {after:.1f}, {before:.1f} without; {out or folder} has a "
+        "captioner now"
+    )
+    return 0
