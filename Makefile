@@ -49,6 +49,7 @@ model: $(VENV)/.weights
 	$(BIN)/vlm train flickr8k-flamingo data=$(DATA) out=runs/flamingo
 	$(BIN)/vlm train flickr8k-cider data=$(DATA) start=runs/flamingo out=runs/default
 	$(BIN)/vlm train consensus runs/default $(DATA)
+	$(BIN)/vlm train captioner runs/default $(DATA)
 	$(BIN)/vlm weights shrink runs/default
 	$(BIN)/vlm train daquar data=$(ROOMS) start=runs/default out=runs/daquar sources.0.split=train-rest
 	$(BIN)/vlm train answers runs/daquar $(ROOMS)

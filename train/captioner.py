@@ -111,8 +111,8 @@ def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> tuple[C
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = CaptionNet(
-            len(tokens),
-            model.language.width,
+            tokens=len(tokens),
+            wide=model.language.width,
             cells=model.encoder.tokens,
             channels=model.encoder.width,
             labels=labels,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class CaptionNet(nn.Module):
 
     embeddings: Tensor
 
-    def __init__(self, tokens: int, wide: int, *, cells: int, channels: int, labels: int) -> None:
+    def __init__(self, *, tokens: int, wide: int, cells: int, channels: int, labels: int) -> None:
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(0, wide), persistent=False)
         self.embed = nn.Linear(wide, WIDTH)
@@ -135,6 +136,31 @@ def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(show) * torch.tanh(cell), cell
 
 
+def shapes(*, tokens: int, wide: int, cells: int, channels: int, labels: int) -> dict[str, tuple[int, ...]]:
+    """What a `CaptionNet` of these sizes is made of: to make one only to learn that costs 15 MB and more."""
+    linear = {
+        "embed": (WIDTH, wide),
+        "cell": (WIDTH, channels),
+        "whole": (WIDTH, channels + labels),
+        "looking": (4 * WIDTH, 4 * WIDTH),
+        "speaking": (4 * WIDTH, 3 * WIDTH),
+        "query": (WIDTH, WIDTH),
+        "key": (WIDTH, WIDTH),
+        "said": (wide, WIDTH),
+        "said_own": (WIDTH, WIDTH),
+    }
+    found: dict[str, tuple[int, ...]] = {
+        "own": (tokens, WIDTH),
+        "position": (cells, WIDTH),
+        "bias": (tokens,),
+    }
+    for name, shape in linear.items():
+        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in ("cell_norm", "whole_norm"):
+        found |= {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
+    return found
+
+
 class Captioner(Guide):
     """A captioner as a file holds it: its network in 8 bits a number, and which tokens it knows.
 
@@ -153,18 +179,23 @@ class Captioner(Guide):
         self.tokens = held["tokens"].long()
         if not len(self.tokens) or int(self.tokens.min()) < 0 or len(self.tokens.unique()) < len(self.tokens):
             raise ValueError("tokens are none, or one stands twice")
-        require_quantised(held, "net.own", BITS, (len(self.tokens), WIDTH))
         sizes = [held[name].shape for name in ("net.position", "net.said.weight", "net.whole.weight")]
         if any(len(size) != 2 for size in sizes):
             raise ValueError("a matrix is none")
         self.cells, self.wide, self.labels = sizes[0][0], sizes[1][0], sizes[2][1] - width
-        require_quantised(held, "net.whole.weight", BITS, (WIDTH, width + max(0, self.labels)))
+        self._sizes = {
+            "tokens": len(self.tokens),
+            "wide": self.wide,
+            "cells": self.cells,
+            "channels": width,
+            "labels": self.labels,
+        }
+        for name, shape in shapes(**self._sizes).items():
+            if len(shape) == 2:
+                require_quantised(held, f"net.{name}", BITS, (shape[0], shape[1]))
+            else:
+                require(held, f"net.{name}", torch.float32, shape)
         require_finite(held)
-        with torch.random.fork_rng(devices=[]):
-            net = CaptionNet(
-                len(self.tokens), self.wide, cells=self.cells, channels=width, labels=self.labels
-            )
-        self._net = load_module(held, "net.", net)
         self._places = {token: place for place, token in enumerate(self.tokens.tolist())}
 
     @classmethod
@@ -172,6 +203,12 @@ class Captioner(Guide):
         """One with this network, rounded to what a file holds."""
         held = module_tensors("net.", net) | {"tokens": torch.tensor(list(tokens), dtype=torch.int32)}
         return cls(held, net.cell.in_features)
+
+    @cached_property
+    def _net(self) -> CaptionNet:
+        """Unpacked when the first caption is wanted: who only asks questions spends nothing on it."""
+        with torch.random.fork_rng(devices=[]):
+            return load_module(self._held, "net.", CaptionNet(**self._sizes))
 
     @torch.inference_mode()
     def speaker(self, seen: Seen, embeddings: Tensor) -> Speaker:

@@ -31,7 +31,7 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), 
 def network(tokens: int = 6) -> CaptionNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = CaptionNet(tokens, 5, cells=CELLS, channels=CHANNELS, labels=0)
+        net = CaptionNet(tokens=tokens, wide=5, cells=CELLS, channels=CHANNELS, labels=0)
         return net.hear(torch.randn(tokens, 5)).eval()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from vlm.adapter_file import read_adapter, shrink
-from vlm.captioner import FLOOR, HEADS, WIDTH, Captioner, CaptionNet, _lstm
+from vlm.captioner import FLOOR, HEADS, WIDTH, Captioner, CaptionNet, _lstm, shapes
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
 from vlm.config import CAPTION_PROMPT
 from vlm.conversation import Conversation
@@ -36,7 +36,7 @@ CELLS, CHANNELS, LABELS, WIDE = 6, 16, 3, 8
 def network(count: int = 5, seed: int = 0) -> CaptionNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = CaptionNet(count, WIDE, cells=CELLS, channels=CHANNELS, labels=LABELS)
+        net = CaptionNet(tokens=count, wide=WIDE, cells=CELLS, channels=CHANNELS, labels=LABELS)
         nn.init.normal_(net.bias)
         return net.hear(torch.randn(count, WIDE)).eval()
 
@@ -53,14 +53,20 @@ def for_model(model: VLM, tokens: list[int], seed: int = 0, loud: float = 1.0) -
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = CaptionNet(
-            len(tokens),
-            language.width,
+            tokens=len(tokens),
+            wide=language.width,
             cells=encoder.tokens,
             channels=encoder.width,
             labels=len(encoder.labels),
         )
         nn.init.normal_(net.bias, std=loud)
     return Captioner.of(net, tokens)
+
+
+def test_a_file_is_held_against_the_networks_own_shapes() -> None:
+    net = network()
+    sizes = {"tokens": 5, "wide": WIDE, "cells": CELLS, "channels": CHANNELS, "labels": LABELS}
+    assert shapes(**sizes) == {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
 def test_its_lstm_is_torchs_own() -> None:
