@@ -196,7 +196,8 @@ class GenerationConfig:
     """Beam scores are divided by length to this power."""
     consensus: float = 2.0
     """Weight of a caption's expected CIDEr (1 is 100 %) beside its mean log-probability, where beams caption
-    one picture and the adapter knows what captions say (`vlm train consensus`); 0: log-probability alone."""
+    one picture and the adapter knows what captions say (`vlm train consensus`); 0: log-probability alone.
+    Where a captioner speaks it counts in proportion to the language model's share."""
     captioner: float = 0.5
     """Share of the adapter's captioner (`vlm train captioner`) in a token's log-probability, where beams
     caption one picture; 0: the language model alone."""
