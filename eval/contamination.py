@@ -2,7 +2,8 @@
 
 Look-alikes are found by perceptual hash and then confirmed by the distance of their frozen features. Equal
 questions about other pictures are counted, not removed: most benchmarks repeat their questions. What an
-adapter's guide was fitted to is known without the training pictures: it holds what it compares others with.
+adapter's guide was fitted to is known without the training pictures: it holds what it compares others with
+(a captioner holds nothing of the kind; `vlm train captioner` teaches it nothing of `dev`).
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class Lessons:
 
     Attributes:
         see: (view, (P,) pictures) -> (P, N, D_v) features and (P, C) label probabilities.
-        texts: by view and picture, its captions as places of known tokens, the end excluded; a view of which
-            nothing can be said has none.
+        texts: by view and picture, its captions as places of known tokens, the end excluded; a view other
+            than the first may have none.
     """
 
     see: Callable[[int, Tensor], tuple[Tensor, Tensor]]
@@ -53,12 +53,13 @@ def teach(net: CaptionNet, lessons: Lessons, progress: Progress, seed: int = 0) 
     """The network, taught in bfloat16 where that is faster; in evaluation mode."""
     steps, order = max(LEAST, EPOCHS * len(lessons) // PICTURES), random.Random(seed)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=DECAY, betas=(0.9, 0.98))
-    mean, half = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE)), torch.device("cpu")
+    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    half = multiplies_bf16(torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net.train()
         for step, some in zip(range(steps), _batches(len(lessons), PICTURES, order), strict=False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(half)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 logits, tokens = _heard(net, lessons, some, order)
             loss = F.cross_entropy(logits.float(), tokens, label_smoothing=SMOOTHING)
             fall = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
@@ -78,9 +79,9 @@ def _heard(
 ) -> tuple[Tensor, Tensor]:
     """Logits of some captions of each of some pictures, all in one view, and their tokens."""
     view = order.randrange(len(lessons.texts))
-    # What cannot be said of the mirrored picture is learnt of the picture itself.
-    if not all(lessons.texts[view][picture] for picture in some):
-        view = 0
+    said = [picture for picture in some if lessons.texts[view][picture]]
+    # Pictures of whose mirror image nothing can be said are left out; all of them are learnt as they are.
+    view, some = (view, said) if said else (0, some)
     texts = [text for p in some for text in order.choices(lessons.texts[view][p], k=TEXTS)]
     return spoken(net, net.see(*lessons.see(view, torch.tensor(some))), [text[:LONGEST] for text in texts])
 

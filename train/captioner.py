@@ -3,13 +3,13 @@
     vlm train captioner ADAPTER SRC [--out DIR]    half an hour for Flickr8k; SRC is anything with captions
 
 The frozen features and labels of every picture and of its mirror image are looked up or computed, and a
-network of seven million numbers learns what is said of them (`vlm.train.caption_net`). Then pictures of
-`dev`, of which it has learnt nothing, are captioned without it and with it: if that is not better, nothing
-is written.
+network of seven million numbers learns what is said of them (`vlm.train.caption_net`), of all but `dev`.
+Then pictures of `dev` are captioned without it and with it: if that is not better, nothing is written.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vlm.adapter_file import read_adapter
 from vlm.captioner import Captioner, CaptionNet
 from vlm.checkpoint import save_guide
+from vlm.conversation import ImageSource
 from vlm.data.mirror import mirrored
 from vlm.data.remember import TOGETHER, captions_by_picture
 from vlm.errors import DataError
@@ -35,21 +37,24 @@ from vlm.weights_cache import cache_root
 
 SAID = 3
 """Times that a token must be said to be known."""
-FEWEST, HELD = 500, 200
-"""Of fewer pictures nothing is learnt; so many of `dev` are captioned without it and with it."""
+FEWEST, MOST, HELD = 500, 20_000, 200
+"""Of fewer pictures nothing is learnt, of more a random part; so many of `dev`, at random, are captioned
+without it and with it."""
 
 Captions = dict[str, tuple[Tensor, list[str], list[str]]]
 """By picture: (V, C) label probabilities in each view, the feature cache's keys, and its captions."""
 
 
-def looked_at(model: VLM, source: str | Path, split: str, screen: Screen) -> Captions:
-    """What a source's captioned pictures show; those that cannot be read are counted and named.
+def looked_at(model: VLM, source: str | Path, split: str, most: int, screen: Screen) -> Captions:
+    """What at most so many of a source's captioned pictures show; unreadable ones are counted and named.
 
     Raises:
-        DataError: the part cannot be read or holds no captions.
+        DataError: the part cannot be read, or holds no captions of a picture that can.
     """
     found = captions_by_picture(source, split, divide=True)
     names, seen, bad = list(found), {}, list[str]()
+    if len(names) > most:
+        names = random.Random(0).sample(names, most)
     for begin in range(0, len(names), TOGETHER):
         opened = {}
         for name in names[begin : begin + TOGETHER]:
@@ -62,15 +67,18 @@ def looked_at(model: VLM, source: str | Path, split: str, screen: Screen) -> Cap
         for name, picture, said in zip(opened, pictures, scores, strict=True):
             keys = [model.features.key(picture, view) for view in VIEWS]
             seen[name] = said.clone(), keys, found[name][1]
-        screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
+        screen.progress(f"looking at pictures of {split}", min(begin + TOGETHER, len(names)), len(names))
     if bad:
         screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
+    if not seen:
+        raise DataError(f"no picture of the {split} part of {source} can be read")
     return seen
 
 
 def known_tokens(language: LanguageModel, captions: Sequence[Sequence[str]]) -> list[int]:
     """The end, and the tokens that are said often enough."""
     counts = Counter(token for texts in captions for text in texts for token in language.encode_text(text))
+    del counts[language.frame.end]
     return [language.frame.end, *sorted(token for token, count in counts.items() if count >= SAID)]
 
 
@@ -95,42 +103,58 @@ def lessons(model: VLM, seen: Captions, tokens: Sequence[int]) -> Lessons:
     return Lessons(see, texts)
 
 
-def learn(model: VLM, source: str | Path, split: str, screen: Screen) -> tuple[Captioner, float, float]:
+def learn(model: VLM, source: str | Path, screen: Screen) -> tuple[Captioner, float, float]:
     """A captioner, and CIDEr of pictures of `dev` without it and with it.
 
     Raises:
         DataError: too few pictures, or captions are no better with it.
     """
-    seen = looked_at(model, source, split, screen)
+    readable = looked_at(model, source, "dev", HELD, screen)
+    found = captions_by_picture(source, "dev", divide=True)
+    dev = [found[name] for name in readable]
+    seen = looked_at(model, source, "train-rest", MOST, screen)
     if len(seen) < FEWEST:
         raise DataError(f"{len(seen)} captioned pictures are too few to learn from: {FEWEST} are needed")
-    dev = list(captions_by_picture(source, "dev", divide=True).values())[:HELD]
     tokens = known_tokens(model.language, [captions for _, _, captions in seen.values()])
     screen.say(f"{len(seen)} captioned pictures, {len(tokens)} tokens are known")
-    labels = len(next(iter(seen.values()))[0][0])
+    encoder = model.encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = CaptionNet(
             tokens=len(tokens),
             wide=model.language.width,
-            cells=model.encoder.tokens,
-            channels=model.encoder.width,
-            labels=labels,
+            cells=encoder.tokens,
+            channels=encoder.width,
+            labels=len(encoder.labels),
         )
     net.hear(model.language.embeddings[torch.tensor(tokens)])
     captioner = Captioner.of(teach(net, lessons(model, seen, tokens), screen.progress), tokens)
+    _forget_told(model, [image for image, _ in dev], screen)
     screen.say(f"{len(dev)} pictures of dev are captioned without it and with it")
-    found = []
-    for model.captioner in (None, captioner):
-        said = [answer.text for answer in model.caption([image for image, _ in dev])]
-        found.append(score_captions(said, [captions for _, captions in dev], java=False).metrics["cider"])
-    before, after = found
+    before, after = (_cider(model, each, dev) for each in (None, captioner))
     if not after > before:
         raise DataError(
             f"captions of pictures set aside have CIDEr {after:.1f} with what was learnt, {before:.1f} "
             "without: nothing is written"
         )
     return captioner, before, after
+
+
+def _forget_told(model: VLM, images: Sequence[ImageSource], screen: Screen) -> None:
+    """Leaves out a guide that was told what is said of the pictures set aside: it would judge by that."""
+    if model.consensus is not None:
+        seen = model.look([open_picture(image) for image in images])
+        if model.consensus.fitted_to(seen).any():
+            model.consensus = None
+            screen.say("the adapter's guide was told captions of dev: it is left out of this comparison")
+
+
+def _cider(
+    model: VLM, captioner: Captioner | None, captioned: Sequence[tuple[ImageSource, Sequence[str]]]
+) -> float:
+    model.captioner = captioner
+    said = [answer.text for answer in model.caption([image for image, _ in captioned])]
+    return score_captions(said, [captions for _, captions in captioned], java=False).metrics["cider"]
 
 
 def main(argv: list[str]) -> int:
@@ -140,9 +164,6 @@ def main(argv: list[str]) -> int:
     )
     add_place(parser)
     parser.add_argument("source", metavar="SRC", help="captioned pictures: a folder, table, public set")
-    parser.add_argument(
-        "--split", default="train-rest", help="part of the source (default: train-rest, what dev leaves)"
-    )
     add_common(parser)
     args = parser.parse_args(argv)
     apply_common(args)
@@ -154,9 +175,11 @@ def main(argv: list[str]) -> int:
         device=args.device,
         dtype=args.dtype,
         feature_cache=cache_root() / "features",
+        guides=False,  # a captioner that is damaged, or of other frozen parts, is what this may be to mend
     )
+    model.consensus = read_adapter(folder).consensus(model.encoder.width, len(model.encoder.labels))
     with Screen() as screen:
-        captioner, before, after = learn(model, args.source, args.split, screen)
+        captioner, before, after = learn(model, args.source, screen)
     save_guide(folder, captioner, out)
     print(
         f"CIDEr of captions of pictures set aside: {after:.1f}, {before:.1f} without; {out or folder} has a "

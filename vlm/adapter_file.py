@@ -16,6 +16,7 @@ from vlm.captioner import Captioner
 from vlm.consensus import Consensus
 from vlm.errors import WeightsError
 from vlm.known_answers import KnownAnswers
+from vlm.language import LanguageModel
 from vlm.quantised import STEP, dequantise_all, quantise_large
 
 GUIDES = (Consensus.PREFIX, Captioner.PREFIX, KnownAnswers.PREFIX)
@@ -58,7 +59,7 @@ class AdapterFile:
         return found
 
     def captioner(
-        self, width: int, cells: int, labels: int | None = None, vocabulary: tuple[int, int] | None = None
+        self, width: int, cells: int, labels: int | None = None, language: LanguageModel | None = None
     ) -> Captioner | None:
         """Who says its captions with the language model, or None where nobody was taught to.
 
@@ -66,7 +67,7 @@ class AdapterFile:
             width: D_v of the encoder's features.
             cells: N of them.
             labels: C of its classifier; None where the encoder is not at hand.
-            vocabulary: tokens of the language model and the width of their embeddings; None likewise.
+            language: who it is to speak with; None likewise.
 
         Raises:
             WeightsError: damaged, or of other frozen parts.
@@ -75,9 +76,9 @@ class AdapterFile:
         if found is None:
             return None
         fits = found.cells == cells and labels in (None, found.labels)
-        if vocabulary is not None:
-            count, wide = vocabulary
-            fits = fits and found.wide == wide and int(found.tokens.max()) < count
+        if language is not None:
+            ends, inside = int(found.tokens[0]) == language.frame.end, int(found.tokens.max())
+            fits = fits and ends and found.wide == language.width and inside < language.vocabulary
         if not fits:
             raise WeightsError(
                 f"captions are said by a captioner of other frozen parts: `{found.COMMAND}` teaches one anew"

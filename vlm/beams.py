@@ -141,10 +141,7 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
         max(1, min(config.max_new_tokens, model.language.max_positions - read))
         for read in state.positions[:, 0].tolist()
     ]
-    beams = [
-        _Beams(size, config.length_penalty, _guide(model, request), _weight(request, config))
-        for request in requests
-    ]
+    beams = [_Beams(size, config.length_penalty, *_guide(model, request, config)) for request in requests]
     totals = logits.new_zeros(count, 1)  # one beam a prompt at first; after a token as many as were asked for
     active = list(range(count))
     left: dict[int, list[float]] = {}
@@ -176,15 +173,17 @@ def beam_search(model: VLM, requests: Sequence[DecodeRequest], config: Generatio
     return writers
 
 
-def _guide(model: VLM, request: DecodeRequest) -> Guide | None:
+def _guide(model: VLM, request: DecodeRequest, config: GenerationConfig) -> tuple[Guide | None, float]:
+    """What beams are guided by, and its weight.
+
+    It makes good for what the language model does not know of captions: the less of it speaks, the less that
+    counts.
+    """
     expected = request.expected
-    return None if expected is None else lambda ids, whole: expected(model.language.decode(ids), whole)
-
-
-def _weight(request: DecodeRequest, config: GenerationConfig) -> float:
-    """What is expected makes good for what the language model does not know of captions: the less of it
-    speaks, the less that counts."""
-    return config.consensus * (1.0 if request.speaker is None else 1.0 - config.captioner)
+    weight = config.consensus * (1.0 if request.speaker is None else 1.0 - config.captioner)
+    if expected is None or not weight:
+        return None, 0.0
+    return lambda ids, whole: expected(model.language.decode(ids), whole), weight
 
 
 def _extend(

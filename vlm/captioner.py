@@ -168,6 +168,7 @@ class Captioner(Guide):
         tokens: (V,) the language model's ids; the first is its end.
         cells: N, of a picture.
         labels: C, of the encoder's classifier; 0 where it has none.
+        wide: E, of the language model's embeddings.
     """
 
     PREFIX = "captioner."
@@ -183,6 +184,8 @@ class Captioner(Guide):
         if any(len(size) != 2 for size in sizes):
             raise ValueError("a matrix is none")
         self.cells, self.wide, self.labels = sizes[0][0], sizes[1][0], sizes[2][1] - width
+        if self.labels < 0:
+            raise ValueError("net.whole.weight is too narrow")
         self._sizes = {
             "tokens": len(self.tokens),
             "wide": self.wide,
@@ -217,9 +220,10 @@ class Captioner(Guide):
         Args:
             embeddings: (V', E) of all the language model's tokens.
         """
-        if not len(self._net.embeddings):
-            self._net.hear(embeddings[self.tokens.to(embeddings.device)])
-        return Speaker(self, self._net, self._net.see(seen.features.cpu(), seen.scores.cpu()))
+        net = self._net
+        if not len(net.embeddings):
+            net.hear(embeddings[self.tokens.to(embeddings.device)])
+        return Speaker(self, net, net.see(seen.features.cpu(), seen.scores.cpu()))
 
     def place(self, token: int) -> int:
         """Where a token stands among those that it knows; -1 where it does not."""

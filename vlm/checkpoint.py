@@ -268,8 +268,10 @@ def load_model(
         config = replace(config, vision=replace(config.vision, size=size))
     abstain = abstain_config(folder, values)
     model = build_model(config, device=device, dtype=dtype, offline=offline)
-    _check_frozen(model, values["hashes"], folder, allow_different_frozen)
+    different = _check_frozen(model, values["hashes"], folder, allow_different_frozen)
     load_adapter(model, folder, values["features"]["tokens"] if size else 0, guides=guides and not size)
+    if "language_model" in different:
+        model.captioner = None  # it knows tokens, and those of another model may be other words
     model.adapter_name, model.abstain = str(adapter), abstain
     return model
 
@@ -286,9 +288,8 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0, *, guides: bool = Tr
     """
     file, encoder = read_adapter(folder), model.encoder
     width, cells, labels = encoder.width, encoder.tokens, len(encoder.labels)
-    vocabulary = model.language.vocabulary, model.language.width
     consensus = file.consensus(width, labels) if guides else None
-    captioner = file.captioner(width, cells, labels, vocabulary) if guides else None
+    captioner = file.captioner(width, cells, labels, model.language) if guides else None
     answers = file.known_answers(width, cells) if guides else None
     tensors = regrid(file.tensors, tokens, encoder.tokens) if tokens else file.tensors
     try:
@@ -302,12 +303,18 @@ def load_adapter(model: VLM, folder: Path, tokens: int = 0, *, guides: bool = Tr
     model.consensus, model.captioner, model.known_answers = consensus, captioner, answers
 
 
-def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> None:
+def _check_frozen(model: VLM, expected: Mapping[str, str], folder: Path, allowed: bool) -> list[str]:
+    """Which frozen parts are others than the adapter was trained with.
+
+    Raises:
+        WeightsError: some are, and it is not allowed.
+    """
     different = [part for part, digest in expected.items() if model.hashes.get(part) != digest]
     if not different:
-        return
+        return []
     names = " and ".join(part.replace("_", " ") for part in sorted(different))
     message = f"{folder} was trained with another {names} than the one found"
     if not allowed:
         raise WeightsError(f"{message}; --allow-different-frozen goes on all the same")
     warnings.warn(f"{message}; its answers may be worse", stacklevel=3)
+    return different

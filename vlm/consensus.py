@@ -24,7 +24,7 @@ from vlm.features import Seen
 from vlm.grams import ORDER, Gram, grams
 from vlm.guide import (
     SMALLEST,
-    Guide,
+    PictureGuide,
     require,
     require_finite,
     require_positive,
@@ -62,7 +62,7 @@ def word_count(text: str) -> int:
     return len(_WORD.findall(text.lower()))
 
 
-class Consensus(Guide):
+class Consensus(PictureGuide):
     """What I pictures show -> (I, G) how much each word group is expected in their captions.
 
     Kernel ridge regression: a picture's captions are expected to say what was said of those that it is like,

@@ -65,17 +65,6 @@ class Guide:
             )
         return expected
 
-    def compared(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """(I, Q) what the pictures seen are compared by, (M, Q) the same of those that it was fitted to."""
-        raise NotImplementedError
-
-    @torch.inference_mode()
-    def fitted_to(self, seen: Seen) -> Tensor:
-        """(I,) whether each picture seen is one of those that it was fitted to: what it expects of these is
-        no more than what it was told."""
-        some, known = self.compared(seen)
-        return (F.normalize(some, dim=1) @ F.normalize(known, dim=1).T).amax(dim=1) >= SAME
-
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self | None:
         """The one among these tensors, or None where there is none.
@@ -93,6 +82,21 @@ class Guide:
                 f"`{cls.PREFIX}*` of adapter.safetensors is damaged, of another encoder or of an earlier "
                 f"version: {reason}; `{cls.COMMAND}` fits it anew"
             ) from problem
+
+
+class PictureGuide(Guide):
+    """A guide that keeps what it compares pictures with, and so knows which it was fitted to."""
+
+    def compared(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """(I, Q) what the pictures seen are compared by, (M, Q) the same of those that it was fitted to."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def fitted_to(self, seen: Seen) -> Tensor:
+        """(I,) whether each picture seen is one of those that it was fitted to: what it expects of these is
+        no more than what it was told."""
+        some, known = self.compared(seen)
+        return (F.normalize(some, dim=1) @ F.normalize(known, dim=1).T).amax(dim=1) >= SAME
 
 
 def require(held: Mapping[str, Tensor], name: str, kind: torch.dtype | None, shape: tuple[int, ...]) -> None:
@@ -133,7 +137,8 @@ def module_tensors(begin: str, module: nn.Module) -> dict[str, Tensor]:
     """Everything that a network is, matrices in 8 bits, by names that begin so."""
     held: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
-        held |= quantise(begin + name, tensor, BITS) if tensor.dim() == 2 else {begin + name: tensor.float()}
+        small = {begin + name: tensor.float().clone()}
+        held |= quantise(begin + name, tensor, BITS) if tensor.dim() == 2 else small
     return held
 
 

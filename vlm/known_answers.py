@@ -23,7 +23,7 @@ from vlm.features import Seen
 from vlm.grams import Gram, grams
 from vlm.guide import (
     SMALLEST,
-    Guide,
+    PictureGuide,
     require,
     require_finite,
     require_positive,
@@ -69,7 +69,7 @@ def summary(features: Tensor) -> Tensor:
     return torch.cat([features.mean(dim=1), features.std(dim=1, correction=0)], dim=1)
 
 
-class KnownAnswers(Guide):
+class KnownAnswers(PictureGuide):
     """A question and (I, N, D_v) features of pictures -> (I, A) how much each answer is expected.
 
     Kernel ridge regression on the product of two kernels, of questions and of pictures; where a file holds

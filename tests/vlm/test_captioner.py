@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from vlm.adapter_file import read_adapter, shrink
+from vlm.beams import _guide
 from vlm.captioner import FLOOR, HEADS, WIDTH, Captioner, CaptionNet, _lstm, shapes
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
-from vlm.config import CAPTION_PROMPT
+from vlm.config import CAPTION_PROMPT, GenerationConfig
+from vlm.consensus import Expectation
 from vlm.conversation import Conversation
 from vlm.decoder import DecoderState
 from vlm.errors import WeightsError
 from vlm.features import Seen
+from vlm.generation import DecodeRequest
 from vlm.images import open_picture
+from vlm.processor import Row
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,18 +54,22 @@ def sight(pictures: int = 1, seed: int = 1) -> Seen:
 
 def for_model(model: VLM, tokens: list[int], seed: int = 0, loud: float = 1.0) -> Captioner:
     """An untaught captioner of these tokens of a tiny model."""
+    return Captioner.of(network_for(model, len(tokens), seed, loud), tokens)
+
+
+def network_for(model: VLM, count: int, seed: int = 0, loud: float = 1.0) -> CaptionNet:
     language, encoder = model.language, model.encoder
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = CaptionNet(
-            tokens=len(tokens),
+            tokens=count,
             wide=language.width,
             cells=encoder.tokens,
             channels=encoder.width,
             labels=len(encoder.labels),
         )
         nn.init.normal_(net.bias, std=loud)
-    return Captioner.of(net, tokens)
+    return net
 
 
 def test_a_file_is_held_against_the_networks_own_shapes() -> None:
@@ -144,7 +153,7 @@ def test_a_file_holds_it_beside_the_adapter(make_tiny: Callable[..., VLM], tmp_p
     save_adapter(model, tmp_path)
     width, cells, labels = model.encoder.width, model.encoder.tokens, len(model.encoder.labels)
     assert read_adapter(tmp_path).captioner(width, cells) is None
-    made = for_model(model, [2, 7, 5, 6])
+    made = for_model(model, [model.language.frame.end, 7, 5, 6])
     save_guide(tmp_path, made)
     shrink(tmp_path)
     load_adapter(model, tmp_path)
@@ -154,16 +163,15 @@ def test_a_file_holds_it_beside_the_adapter(make_tiny: Callable[..., VLM], tmp_p
     assert torch.equal(*said)
     load_adapter(model, tmp_path, guides=False)
     assert model.captioner is None
-    file, sizes = read_adapter(tmp_path), (model.language.vocabulary, model.language.width)
-    assert file.captioner(width, cells, labels, sizes) is not None
-    for other in (
-        (width, cells + 1, labels, sizes),
-        (width, cells, labels + 1, sizes),
-        (width, cells, labels, (7, sizes[1])),
-        (width, cells, labels, (sizes[0], sizes[1] + 1)),
-    ):
+    assert read_adapter(tmp_path).captioner(width, cells, labels, model.language) is not None
+    with pytest.raises(WeightsError, match="`vlm train captioner` teaches one anew"):
+        read_adapter(tmp_path).captioner(width, cells + 1, labels, model.language)
+    with pytest.raises(WeightsError, match="`vlm train captioner` teaches one anew"):
+        read_adapter(tmp_path).captioner(width, cells, labels + 1, model.language)
+    for tokens in ([7, 5, 6], [model.language.frame.end, model.language.vocabulary]):
+        save_guide(tmp_path, Captioner.of(network_for(model, len(tokens)), tokens))
         with pytest.raises(WeightsError, match="`vlm train captioner` teaches one anew"):
-            file.captioner(*other)
+            load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +244,23 @@ def test_it_says_captions_of_single_pictures_and_nothing_else(
     assert same == [False, True, True, True]
     assert [answer.logprob for answer in model.ask_batch(asks, captioner=0.0, **options)] == plain
     assert model.ask_batch(asks[:1], max_new_tokens=6)[0].text == greedy.text
+
+
+def test_what_is_expected_counts_less_where_a_captioner_speaks(
+    make_tiny: Callable[..., VLM], draw: Draw
+) -> None:
+    """In proportion to the language model's share; where that is nothing, not at all."""
+    model = make_tiny("flamingo")
+    request = DecodeRequest(Row.__new__(Row), torch.zeros(1, 1, 1), expected=Expectation.__new__(Expectation))
+    speaker = for_model(model, [model.language.frame.end, 40]).speaker(
+        model.features.see([open_picture(draw(1))]), model.language.embeddings
+    )
+    for share, weight in ((0.5, 1.0), (0.25, 1.5), (1.0, 0.0)):
+        config = GenerationConfig(num_beams=3, consensus=2.0, captioner=share)
+        assert _guide(model, request, config)[1] == 2.0
+        guide, found = _guide(model, replace(request, speaker=speaker), config)
+        assert found == weight
+        assert (guide is None) == (weight == 0.0)
 
 
 def test_captions_together_equal_those_alone(make_tiny: Callable[..., VLM], draw: Draw) -> None:
