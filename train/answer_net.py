@@ -1,4 +1,8 @@
-"""Teaches the networks of known answers (`vlm.answer_net`): a minute each for some thousand questions."""
+"""Teaches the networks of known answers (`vlm.answer_net`): two minutes each for some thousand questions.
+
+Pictures are mirrored at random, and left and right change places in what is asked of them; a running average
+of the weights is what is kept.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlm.answer_net import AnswerNet, AnswerNets
+from vlm.data.mirror import mirrored
 from vlm.grams import Gram
 from vlm.known_answers import question_groups, standard_cells
 from vlm.train.precision import multiplies_bf16
 
 COUNT = 2
 """Networks, which differ in their first numbers and in the order of what they learn."""
-EPOCHS, LEAST, BATCH = 8, 300, 64
+EPOCHS, LEAST, BATCH = 12, 300, 64
 """Times that every question is seen; steps at least; questions a step."""
-RATE, WARMUP, DECAY, SMOOTHING = 1e-3, 50, 0.02, 0.1
-"""Of AdamW: the highest rate, steps of warm-up, weight decay; label smoothing."""
+RATE, WARMUP, DECAY, SMOOTHING, AVERAGE = 1e-3, 50, 0.02, 0.1, 0.99
+"""Of AdamW: the highest rate, steps of warm-up, weight decay; label smoothing; of the weights' average."""
 KNOWN = 3
 """Questions that must hold a word group."""
 
@@ -31,12 +37,12 @@ class Shown:
     """What networks learn to look at.
 
     Attributes:
-        cells: (B,) pictures -> their (B, N, D_v) features.
+        cells: (view, (B,) pictures) -> their (B, N, D_v) features; the second view is the mirror image.
         whole: (P, 2 * D_v) `standardised` summaries of all P pictures.
         mean: (2 * D_v,) of the summaries.
     """
 
-    cells: Callable[[Tensor], Tensor]
+    cells: Callable[[int, Tensor], Tensor]
     whole: Tensor
     mean: Tensor
 
@@ -49,40 +55,52 @@ def learn_nets(questions: Sequence[str], right: Tensor, pictures: Tensor, shown:
         right: (M, A) shares of right answers.
         pictures: (M,) which picture each is about.
     """
-    asked = [question_groups(question) for question in questions]
-    counts = Counter(group for groups in asked for group in groups)
+    asked = [[question_groups(question) for question in questions]]
+    turned = [mirrored(question) for question in questions]
+    asked.append([set() if question is None else question_groups(question) for question in turned])
+    counts = Counter(group for view in asked for groups in view for group in groups)
     known = sorted(group for group, count in counts.items() if count >= KNOWN)
     if not known:
         return None
-    _, cells, channels = shown.cells(pictures[:1]).shape
+    _, cells, channels = shown.cells(0, pictures[:1]).shape
     nets = AnswerNets(known, [])
     for seed in range(COUNT):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = AnswerNet(len(known), cells, channels, right.shape[1])
-            _teach(net, nets, asked, right, pictures, shown)
-        nets.nets.append(net.eval())
+            nets.nets.append(_taught(net, nets, asked, right, pictures, shown))
     return nets
 
 
-def _teach(
+def _taught(
     net: AnswerNet,
     nets: AnswerNets,
-    asked: Sequence[set[Gram]],
+    asked: Sequence[Sequence[set[Gram]]],
     right: Tensor,
     pictures: Tensor,
     shown: Shown,
-) -> None:
-    """AdamW with a warm-up and a cosine; in bfloat16 where that is faster."""
-    steps = max(LEAST, EPOCHS * len(asked) // BATCH)
+) -> AnswerNet:
+    """By AdamW with a warm-up and a cosine, in bfloat16 where that is faster.
+
+    Args:
+        asked: word groups of every question, and of the same about the mirror image; none where that cannot
+            be said.
+    """
+    count = len(asked[0])
+    steps = max(LEAST, EPOCHS * count // BATCH)
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
-    order = torch.cat([torch.randperm(len(asked)) for _ in range(1 + steps * BATCH // len(asked))])
+    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    order = torch.cat([torch.randperm(count) for _ in range(1 + steps * BATCH // count)])
     half = multiplies_bf16(torch.device("cpu"))
     for step in range(steps):
-        some = order[step * BATCH : (step + 1) * BATCH]
-        groups, begins = nets.places([asked[i] for i in some.tolist()])
+        view = int(torch.rand(()) < 0.5)
+        some = [i for i in order[step * BATCH : (step + 1) * BATCH].tolist() if view == 0 or asked[1][i]]
+        if not some:
+            continue
+        groups, begins = nets.places([asked[view][i] for i in some])
         seen = pictures[some]
-        cells, whole = standard_cells(shown.cells(seen), shown.mean), shown.whole[seen]
+        # The summary of a picture and that of its mirror image are as good as the same.
+        cells, whole = standard_cells(shown.cells(view, seen), shown.mean), shown.whole[seen]
         rise, fall = min(1.0, step / WARMUP), 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = RATE * rise * fall
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -91,3 +109,6 @@ def _teach(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        mean.update_parameters(net)
+    net.load_state_dict(mean.module.state_dict())
+    return net.eval()

@@ -37,6 +37,7 @@ from vlm.train.answer_net import Shown, learn_nets
 from vlm.train.holdout import EXACT, Held, is_caption
 from vlm.train.place import add_place, place
 from vlm.train.screen import Screen
+from vlm.vision import VIEWS
 from vlm.weights_cache import cache_root
 
 RIDGE, DIRECTIONS = 0.5, 384
@@ -48,8 +49,9 @@ TWICE, WIDEST = 2, 100
 LEAST, ASKED = 100, 300
 """Of fewer questions nothing is learnt; asked are at most so many to see whether it helps."""
 
-Looks = dict[str, tuple[Tensor, str]]
-"""By names of pictures: their (1, 2 * D_v) summaries, and what the feature cache knows them by."""
+Looks = dict[str, tuple[Tensor, list[str]]]
+"""By names of pictures: their (1, 2 * D_v) summaries, and what the feature cache knows them and their mirror
+images by."""
 
 
 @dataclass
@@ -61,14 +63,15 @@ class Answered:
         answers: to each, one or those of several people.
         pictures: (M,) int64, which picture each is about.
         summaries: (P, 2 * D_v) of the pictures.
-        cells: (B,) pictures -> their (B, N, D_v) features; all at once would not fit into memory.
+        cells: (view, (B,) pictures) -> their (B, N, D_v) features, the second view being mirrored; all at
+            once would not fit into memory.
     """
 
     questions: list[str]
     answers: list[tuple[str, ...]]
     pictures: Tensor
     summaries: Tensor
-    cells: Callable[[Tensor], Tensor]
+    cells: Callable[[int, Tensor], Tensor]
 
 
 def answered_examples(source: str | Path, split: str) -> list[Example]:
@@ -100,8 +103,10 @@ def readable(model: VLM, examples: Sequence[Example], seen: Looks, screen: Scree
             except ImageError as problem:
                 bad.append(str(problem))
         if opened:
-            shown = summary(model.look(list(opened.values())).features)
-            keys = map(model.features.key, opened.values())
+            pictures = list(opened.values())
+            shown = summary(model.look(pictures).features)
+            model.encode(pictures, VIEWS[1])
+            keys = [[model.features.key(picture, view) for view in VIEWS] for picture in pictures]
             seen.update(zip(opened, zip(shown.split(1), keys, strict=True), strict=True))
         screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
     if bad:
@@ -133,7 +138,7 @@ def look(model: VLM, examples: Sequence[Example], seen: Looks, screen: Screen) -
         [example.answers for example in kept],
         torch.tensor([places[name] for name in names]),
         torch.cat([seen[name][0] for name in places]),
-        lambda some: model.features.stored([keys[place] for place in some.tolist()]),
+        lambda view, some: model.features.stored([keys[place][view] for place in some.tolist()]),
     )
 
 

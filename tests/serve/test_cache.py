@@ -123,7 +123,7 @@ def test_known_answers_guide_a_server_as_they_guide_a_single_question(
     texts, right = ["what is this", "how many are there"] * 100, [("red",), ("two",)] * 100
     seen = torch.randn(1, model.encoder.tokens, model.encoder.width)
     pictures = torch.zeros(200, dtype=torch.long)
-    model.known_answers = fit(Answered(texts, right, pictures, summary(seen), lambda some: seen[some]))
+    model.known_answers = fit(Answered(texts, right, pictures, summary(seen), lambda _, some: seen[some]))
     what, many, blind = (
         make.user("What is this?", url),
         make.user("How many are there?", url),

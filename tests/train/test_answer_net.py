@@ -53,9 +53,11 @@ def asked(features: Tensor, there: list[tuple[str, str]]) -> Answered:
     """Both questions about every room."""
     pictures = torch.arange(len(there)).repeat_interleave(2)
     answers = [(name,) for pair in there for name in pair]
-    return Answered(
-        [LEFT, RIGHT] * len(there), answers, pictures, summary(features), lambda some: features[some]
-    )
+
+    def cells(view: int, some: Tensor) -> Tensor:
+        return features[some].flip(1) if view else features[some]
+
+    return Answered([LEFT, RIGHT] * len(there), answers, pictures, summary(features), cells)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_the_same_is_learnt_whoever_drew_before() -> None:
 
 def test_words_that_stand_in_few_questions_teach_nothing() -> None:
     features, _ = rooms(4, seed=4)
-    shown = Shown(lambda some: features[some], summary(features), summary(features).mean(dim=0))
+    shown = Shown(lambda _, some: features[some], summary(features), summary(features).mean(dim=0))
     texts = ["one", "two", "three", "four"]
     assert learn_nets(texts, torch.eye(4), torch.arange(4), shown) is None
 
@@ -145,7 +147,7 @@ def test_an_encoder_of_other_cells_is_told_apart(make_tiny: Callable[..., VLM], 
     width, cells = model.encoder.width, model.encoder.tokens
     features = torch.randn(100, cells + 1, width)
     questions, answers = [LEFT, RIGHT] * 50, [("lamp",), ("door",)] * 50
-    data = Answered(questions, answers, torch.arange(100), summary(features), lambda some: features[some])
+    data = Answered(questions, answers, torch.arange(100), summary(features), lambda _, some: features[some])
     save_guide(tmp_path, fit(data))
     assert read_adapter(tmp_path).known_answers(width, cells + 1) is not None
     with pytest.raises(WeightsError, match=f"{cells + 1} cells of a picture, this encoder sees {cells}"):

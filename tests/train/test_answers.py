@@ -71,7 +71,7 @@ def adapter(recipe: Callable[..., TrainConfig], tmp_path: Path) -> Path:
 
 def shown(features: torch.Tensor) -> dict[str, Any]:
     """Pictures of these (P, N, D_v) features, as `Answered` takes them."""
-    return {"summaries": summary(features), "cells": lambda some: features[some]}
+    return {"summaries": summary(features), "cells": lambda _, some: features[some]}
 
 
 def test_it_is_kernel_ridge_regression() -> None:
