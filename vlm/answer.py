@@ -43,7 +43,8 @@ class Answer:
     Attributes:
         finish_reason: `stop` when the model ended its turn (or a stop text came), `length` when cut.
         seconds: wall-clock seconds by stage (`encode`, `decode`), shared by the batch it was part of.
-        logprob: natural-log probability of the whole answer and its end, given the prompt.
+        logprob: natural-log probability of the whole answer and its end, given the prompt; of a caption by
+            beams, to the language model and the captioner together, where there is one.
         tokens: the answer's tokens; the end is not among them.
         margin: how near another answer was, in natural-log probability and what guides add to it. Greedy
             decoding: the smallest gap between a token that was written and the next best. Beams: the smallest
