@@ -1,7 +1,7 @@
 """Teaches the network of a captioner (`vlm.captioner`) what captions say, word by word.
 
-Much dropout, mirrored pictures, smoothed labels and an average of the weights: it must not know its pictures
-by heart, as the adapter does.
+Much dropout, mirrored pictures, smoothed labels and an average of the weights keep it from learning its
+pictures by heart.
 """
 
 from __future__ import annotations

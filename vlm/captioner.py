@@ -1,9 +1,8 @@
 """A small captioner that was taught nothing but captions: it speaks with the language model, word by word.
 
-Of two LSTMs the first looks at the picture's cells and the second chooses words (Anderson et al. 2018). Some
-million numbers learn six thousand pictures less by heart than an adapter of twenty million does, and err
-elsewhere: while captions are searched for, the probabilities of both are multiplied (a product of experts,
-Hinton 2002).
+Of two LSTMs the first looks at the picture's cells and the second chooses words (Anderson et al. 2018). It
+says captions about as well as an adapter does, and errs elsewhere: while captions are searched for, the
+probabilities of both are multiplied (a product of experts, Hinton 2002).
 """
 
 from __future__ import annotations
