@@ -29,16 +29,15 @@ from vlm.data.remember import TOGETHER
 from vlm.errors import DataError
 from vlm.eval.metrics.answers import exact_match
 from vlm.guide import usable
-from vlm.images import ImageError, open_picture
 from vlm.known_answers import LONGEST, KnownAnswers, QuestionKernel, joint, plain, standardised, summary
 from vlm.model import VLM
 from vlm.options import add_common, apply_common, keep_memory, make_parser
 from vlm.train.answer_net import Shown, learn_nets
 from vlm.train.holdout import EXACT, Held, is_caption
-from vlm.train.place import add_place, place
+from vlm.train.opened import opened
+from vlm.train.place import add_place, place, without_guides
 from vlm.train.screen import Screen
 from vlm.vision import VIEWS
-from vlm.weights_cache import cache_root
 
 RIDGE, DIRECTIONS = 0.5, 384
 """Of the regression; directions in which pictures are compared."""
@@ -93,24 +92,12 @@ def _asks(example: Example) -> bool:
 def readable(model: VLM, examples: Sequence[Example], seen: Looks, screen: Screen) -> list[Example]:
     """The examples whose picture can be read; `seen` tells what each shows. Others are counted and named."""
     images = {image_name(example.images[0]): example.images[0] for example in examples}
-    bad: list[str] = []
-    names = [name for name in images if name not in seen]
-    for begin in range(0, len(names), TOGETHER):
-        opened = {}
-        for name in names[begin : begin + TOGETHER]:
-            try:
-                opened[name] = open_picture(images[name])
-            except ImageError as problem:
-                bad.append(str(problem))
-        if opened:
-            pictures = list(opened.values())
-            shown = summary(model.look(pictures).features)
-            model.encode(pictures, VIEWS[1])
-            keys = [[model.features.key(picture, view) for view in VIEWS] for picture in pictures]
-            seen.update(zip(opened, zip(shown.split(1), keys, strict=True), strict=True))
-        screen.progress("looking at pictures", min(begin + TOGETHER, len(names)), len(names))
-    if bad:
-        screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
+    for found in opened({name: image for name, image in images.items() if name not in seen}, screen):
+        pictures = list(found.values())
+        shown = summary(model.look(pictures).features)
+        model.encode(pictures, VIEWS[1])
+        keys = [[model.features.key(picture, view) for view in VIEWS] for picture in pictures]
+        seen.update(zip(found, zip(shown.split(1), keys, strict=True), strict=True))
     return [example for example in examples if image_name(example.images[0]) in seen]
 
 
@@ -292,14 +279,7 @@ def main(argv: list[str]) -> int:
     apply_common(args)
     keep_memory()
     folder, out = place(args)
-    model = VLM.from_pretrained(
-        folder,
-        offline=args.offline,
-        device=args.device,
-        dtype=args.dtype,
-        feature_cache=cache_root() / "features",
-        guides=False,
-    )
+    model = without_guides(folder, args)
     with Screen() as screen:
         learnt = learn(model, args.source, args.split, screen)
     save_guide(folder, learnt.known, out)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,18 +22,18 @@ from vlm.captioner import Captioner, CaptionNet
 from vlm.checkpoint import save_guide
 from vlm.conversation import ImageSource
 from vlm.data.mirror import mirrored
-from vlm.data.remember import TOGETHER, captions_by_picture
+from vlm.data.remember import captions_by_picture
 from vlm.errors import DataError
 from vlm.eval.metrics.captions import score_captions
-from vlm.images import ImageError, open_picture
+from vlm.images import open_picture
 from vlm.language import LanguageModel
 from vlm.model import VLM
 from vlm.options import add_common, apply_common, keep_memory, make_parser
 from vlm.train.caption_net import Lessons, Text, teach
-from vlm.train.place import add_place, place
+from vlm.train.opened import opened
+from vlm.train.place import add_place, place, without_guides
 from vlm.train.screen import Screen
 from vlm.vision import VIEWS
-from vlm.weights_cache import cache_root
 
 SAID = 3
 """Times that a token must be said to be known."""
@@ -45,33 +45,26 @@ Captions = dict[str, tuple[Tensor, list[str], list[str]]]
 """By picture: (V, C) label probabilities in each view, the feature cache's keys, and its captions."""
 
 
-def looked_at(model: VLM, source: str | Path, split: str, most: int, screen: Screen) -> Captions:
-    """What at most so many of a source's captioned pictures show; unreadable ones are counted and named.
+def captioned(source: str | Path, split: str, most: int) -> dict[str, tuple[ImageSource, list[str]]]:
+    """At most so many captioned pictures of a part, at random where there are more.
 
     Raises:
-        DataError: the part cannot be read, or holds no captions of a picture that can.
+        DataError: the part cannot be read or holds no captions.
     """
     found = captions_by_picture(source, split, divide=True)
-    names, seen, bad = list(found), {}, list[str]()
-    if len(names) > most:
-        names = random.Random(0).sample(names, most)
-    for begin in range(0, len(names), TOGETHER):
-        opened = {}
-        for name in names[begin : begin + TOGETHER]:
-            try:
-                opened[name] = open_picture(found[name][0])
-            except ImageError as problem:
-                bad.append(str(problem))
-        pictures = list(opened.values())
+    names = list(found) if len(found) <= most else random.Random(0).sample(list(found), most)
+    return {name: found[name] for name in names}
+
+
+def looked_at(model: VLM, found: Mapping[str, tuple[ImageSource, list[str]]], screen: Screen) -> Captions:
+    """What captioned pictures show, those that can be read."""
+    seen: Captions = {}
+    for some in opened({name: image for name, (image, _) in found.items()}, screen):
+        pictures = list(some.values())
         scores = torch.stack([model.features.see(pictures, view).scores for view in VIEWS], dim=1)
-        for name, picture, said in zip(opened, pictures, scores, strict=True):
+        for name, picture, said in zip(some, pictures, scores, strict=True):
             keys = [model.features.key(picture, view) for view in VIEWS]
             seen[name] = said.clone(), keys, found[name][1]
-        screen.progress(f"looking at pictures of {split}", min(begin + TOGETHER, len(names)), len(names))
-    if bad:
-        screen.say(f"{len(bad)} pictures cannot be read and are left out: {'; '.join(bad[:3])}")
-    if not seen:
-        raise DataError(f"no picture of the {split} part of {source} can be read")
     return seen
 
 
@@ -109,10 +102,12 @@ def learn(model: VLM, source: str | Path, screen: Screen) -> tuple[Captioner, fl
     Raises:
         DataError: too few pictures, or captions are no better with it.
     """
-    readable = looked_at(model, source, "dev", HELD, screen)
-    found = captions_by_picture(source, "dev", divide=True)
-    dev = [found[name] for name in readable]
-    seen = looked_at(model, source, "train-rest", MOST, screen)
+    held = captioned(source, "dev", HELD)
+    images = {name: image for name, (image, _) in held.items()}
+    dev = [held[name] for some in opened(images, screen, "opening pictures of dev") for name in some]
+    if not dev:
+        raise DataError(f"no picture of the dev part of {source} can be read")
+    seen = looked_at(model, captioned(source, "train-rest", MOST), screen)
     if len(seen) < FEWEST:
         raise DataError(f"{len(seen)} captioned pictures are too few to learn from: {FEWEST} are needed")
     tokens = known_tokens(model.language, [captions for _, _, captions in seen.values()])
@@ -169,14 +164,7 @@ def main(argv: list[str]) -> int:
     apply_common(args)
     keep_memory()
     folder, out = place(args)
-    model = VLM.from_pretrained(
-        folder,
-        offline=args.offline,
-        device=args.device,
-        dtype=args.dtype,
-        feature_cache=cache_root() / "features",
-        guides=False,  # a captioner that is damaged, or of other frozen parts, is what this may be to mend
-    )
+    model = without_guides(folder, args)
     model.consensus = read_adapter(folder).consensus(model.encoder.width, len(model.encoder.labels))
     with Screen() as screen:
         captioner, before, after = learn(model, args.source, screen)

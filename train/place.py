@@ -7,6 +7,8 @@ from pathlib import Path
 
 from vlm.checkpoint import adapter_folder, require_new
 from vlm.errors import WeightsError
+from vlm.model import VLM
+from vlm.weights_cache import cache_root
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -32,3 +34,18 @@ def place(args: argparse.Namespace) -> tuple[Path, Path | None]:
     out = args.out.expanduser()
     require_new(out)
     return folder, out
+
+
+def without_guides(folder: Path, args: argparse.Namespace) -> VLM:
+    """The adapter alone, with the feature cache.
+
+    A guide that is damaged, or of other frozen parts, may be what is to be mended.
+    """
+    return VLM.from_pretrained(
+        folder,
+        offline=args.offline,
+        device=args.device,
+        dtype=args.dtype,
+        feature_cache=cache_root() / "features",
+        guides=False,
+    )

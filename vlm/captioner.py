@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.features import Seen
-from vlm.guide import BITS, Guide, load_module, module_tensors, require, require_finite
-from vlm.quantised import require_quantised
+from vlm.guide import Guide, load_module, module_tensors, require, require_finite, require_module
 
 WIDTH, HEADS = 352, 4
 """Of its states; places that it looks at."""
@@ -192,11 +191,7 @@ class Captioner(Guide):
             "channels": width,
             "labels": self.labels,
         }
-        for name, shape in shapes(**self._sizes).items():
-            if len(shape) == 2:
-                require_quantised(held, f"net.{name}", BITS, (shape[0], shape[1]))
-            else:
-                require(held, f"net.{name}", torch.float32, shape)
+        require_module(held, "net.", shapes(**self._sizes))
         require_finite(held)
         self._places = {token: place for place, token in enumerate(self.tokens.tolist())}
 

@@ -142,21 +142,29 @@ def module_tensors(begin: str, module: nn.Module) -> dict[str, Tensor]:
     return held
 
 
+def require_module(held: Mapping[str, Tensor], begin: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises:
+    KeyError, ValueError: a number of a network of these shapes is missing or of another shape.
+    """
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            require_quantised(held, begin + name, BITS, (shape[0], shape[1]))
+        else:
+            require(held, begin + name, torch.float32, shape)
+
+
 def load_module(held: Mapping[str, Tensor], begin: str, module: Net) -> Net:
     """What `module_tensors` gave, in a network made for it; frozen.
 
     Raises:
         KeyError, ValueError: a number is missing or of another shape.
     """
-    own = {}
-    for name, like in module.state_dict().items():
-        key, shape = begin + name, tuple(like.shape)
-        if len(shape) == 2:
-            require_quantised(held, key, BITS, (shape[0], shape[1]))
-            own[name] = dequantise(held, key, BITS, shape[1])
-        else:
-            require(held, key, torch.float32, shape)
-            own[name] = held[key]
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    require_module(held, begin, shapes)
+    own = {
+        name: dequantise(held, begin + name, BITS, shape[1]) if len(shape) == 2 else held[begin + name]
+        for name, shape in shapes.items()
+    }
     module.load_state_dict(own)
     return module.eval().requires_grad_(False)
 
