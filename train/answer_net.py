@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlm.answer_net import AnswerNet, AnswerNets
 from vlm.data.mirror import mirrored
 from vlm.grams import Gram
 from vlm.known_answers import question_groups, standard_cells
-from vlm.train.precision import multiplies_bf16
+from vlm.train.learner import Learner
 
 COUNT = 2
 """Networks, which differ in their first numbers and in the order of what they learn."""
@@ -80,7 +79,7 @@ def _taught(
     pictures: Tensor,
     shown: Shown,
 ) -> AnswerNet:
-    """By AdamW with a warm-up and a cosine, in bfloat16 where that is faster.
+    """The network, taught with a warm-up and a cosine.
 
     Args:
         asked: word groups of every question, and of the same about the mirror image; none where that cannot
@@ -88,10 +87,8 @@ def _taught(
     """
     count = len(asked[0])
     steps = max(LEAST, EPOCHS * count // BATCH)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
-    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    learner = Learner(net, AVERAGE, DECAY)
     order = torch.cat([torch.randperm(count) for _ in range(1 + steps * BATCH // count)])
-    half = multiplies_bf16(torch.device("cpu"))
     for step in range(steps):
         view = int(torch.rand(()) < 0.5)
         some = [i for i in order[step * BATCH : (step + 1) * BATCH].tolist() if view == 0 or asked[1][i]]
@@ -102,13 +99,9 @@ def _taught(
         # The summary of a picture and that of its mirror image are as good as the same.
         cells, whole = standard_cells(shown.cells(view, seen), shown.mean), shown.whole[seen]
         rise, fall = min(1.0, step / WARMUP), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = RATE * rise * fall
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with learner.autocast():
             logits = net(groups, begins, cells, whole)
         loss = F.cross_entropy(logits.float(), right[some], label_smoothing=SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        mean.update_parameters(net)
-    net.load_state_dict(mean.module.state_dict())
-    return net.eval()
+        learner.learn(loss, RATE * rise * fall)
+    learner.finish()
+    return net

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from vlm.captioner import CaptionNet, Sight
-from vlm.train.precision import multiplies_bf16
+from vlm.train.learner import Learner
 
 PICTURES, TEXTS = 64, 2
 """Pictures a step of captions, and captions of each."""
@@ -50,28 +49,20 @@ class Lessons:
 
 
 def teach(net: CaptionNet, lessons: Lessons, progress: Progress, seed: int = 0) -> CaptionNet:
-    """The network, taught in bfloat16 where that is faster; in evaluation mode."""
+    """The network, taught with a warm-up and a cosine; in evaluation mode."""
     steps, order = max(LEAST, EPOCHS * len(lessons) // PICTURES), random.Random(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=DECAY, betas=(0.9, 0.98))
-    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    half = multiplies_bf16(torch.device("cpu"))
+    learner = Learner(net, AVERAGE, DECAY, (0.9, 0.98))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net.train()
         for step, some in zip(range(steps), _batches(len(lessons), PICTURES, order), strict=False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with learner.autocast():
                 logits, tokens = _heard(net, lessons, some, order)
             loss = F.cross_entropy(logits.float(), tokens, label_smoothing=SMOOTHING)
             fall = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
-            optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * fall
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            mean.update_parameters(net)
+            learner.learn(loss, RATE * min(1.0, (step + 1) / WARMUP) * fall, longest=1.0)
             progress("learning captions", step + 1, steps, f"loss {float(loss.detach()):.2f}")
-    net.load_state_dict(mean.module.state_dict())
-    return net.eval()
+    learner.finish()
+    return net
 
 
 def _heard(
