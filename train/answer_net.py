@@ -22,7 +22,7 @@ from vlm.known_answers import question_groups, standard_cells
 from vlm.train.learner import Learner
 
 COUNT = 2
-"""Networks, which differ in their first numbers and in the order of what they learn."""
+"""Networks beside a regression, which differ in their first numbers and in the order of what they learn."""
 EPOCHS, LEAST, BATCH = 12, 300, 64
 """Times that every question is seen; steps at least; questions a step."""
 RATE, WARMUP, DECAY, SMOOTHING, AVERAGE = 1e-3, 50, 0.02, 0.1, 0.99
@@ -46,24 +46,27 @@ class Shown:
     mean: Tensor
 
 
-def learn_nets(questions: Sequence[str], right: Tensor, pictures: Tensor, shown: Shown) -> AnswerNets | None:
+def learn_nets(
+    questions: Sequence[str], right: Tensor, pictures: Tensor, shown: Shown, count: int = COUNT
+) -> AnswerNets | None:
     """Networks that know what was right of M questions; None where no word stands in several of them.
 
     Args:
         questions: plain.
         right: (M, A) shares of right answers.
         pictures: (M,) which picture each is about.
+        count: networks.
     """
     asked = [[question_groups(question) for question in questions]]
     turned = [mirrored(question) for question in questions]
     asked.append([set() if question is None else question_groups(question) for question in turned])
-    counts = Counter(group for view in asked for groups in view for group in groups)
-    known = sorted(group for group, count in counts.items() if count >= KNOWN)
+    often = Counter(group for view in asked for groups in view for group in groups)
+    known = sorted(group for group, times in often.items() if times >= KNOWN)
     if not known:
         return None
     _, cells, channels = shown.cells(0, pictures[:1]).shape
     nets = AnswerNets(known, [])
-    for seed in range(COUNT):
+    for seed in range(count):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = AnswerNet(len(known), cells, channels, right.shape[1])

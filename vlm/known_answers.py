@@ -1,10 +1,11 @@
 """Answers that were right for like questions about like pictures: they guide what is said to a question.
 
 Of the answers of a data set, which is right? Kernel ridge regression says so in seconds, from a question's
-words and a picture's frozen features, small networks beside it in minutes (`vlm.answer_net`); the language
-model knows how answers are worded and what its adapter has learnt. All together (a product of experts, Hinton
-2002) are right more often than each: each step's log-probabilities rise for tokens that lead to an expected
-answer, and for no other. Who asks something unlike all that is known is answered as without.
+words and a picture's frozen features, small networks beside it in minutes (`vlm.answer_net`), or one alone
+where questions are too many to keep what each counts; the language model knows how answers are worded, and
+what its adapter has learnt. All together (a product of experts, Hinton 2002) are right more often than
+each: each step's log-probabilities rise for tokens that lead to an expected answer, and for no other. Who
+asks something unlike all that is known is answered as without.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def summary(features: Tensor) -> Tensor:
 class KnownAnswers(PictureGuide):
     """A question and (I, N, D_v) features of pictures -> (I, A) how much each answer is expected.
 
-    Kernel ridge regression on the product of two kernels, of questions and of pictures; where a file holds
-    networks, the mean of both.
+    Kernel ridge regression on the product of two kernels, of questions and of pictures, or networks; where a
+    file holds both, their mean.
 
     Attributes:
         answers: the A answers that are known.
@@ -94,22 +95,20 @@ class KnownAnswers(PictureGuide):
         if max(map(len, self._questions)) > LONGEST:
             raise ValueError(f"a question is longer than {LONGEST} letters")
         pictures, directions = held["sizes"].tolist()
-        require(held, "pictures", torch.int32, (len(self._questions),))
-        if not bool(((held["pictures"] >= 0) & (held["pictures"] < pictures)).all()):
-            raise ValueError("pictures names one that is not there")
         for name in ("mean", "spread"):
             require(held, name, None, (2 * width,))
-        self._shapes = {
-            "turn": (2 * width, directions),
-            "seen": (pictures, directions),
-            "weigh": (len(self._questions), len(self.answers)),
-        }
+        self._shapes = {"turn": (2 * width, directions), "seen": (pictures, directions)}
+        self._nets = AnswerNets.of(held, width, len(self.answers))
+        self.cells = 0 if self._nets is None else len(self._nets.nets[0].position)
+        if self._nets is None or not held.keys().isdisjoint(("pictures", "weigh")):
+            require(held, "pictures", torch.int32, (len(self._questions),))
+            if not bool(((held["pictures"] >= 0) & (held["pictures"] < pictures)).all()):
+                raise ValueError("pictures names one that is not there")
+            self._shapes["weigh"] = len(self._questions), len(self.answers)
         for name, shape in self._shapes.items():
             require_quantised(held, name, MATRICES[name], shape)
         require_finite(held)
         require_positive("spread", held["spread"], SMALLEST)
-        self._nets = AnswerNets.of(held, width, len(self.answers))
-        self.cells = 0 if self._nets is None else len(self._nets.nets[0].position)
 
     @classmethod
     def of(
@@ -124,16 +123,19 @@ class KnownAnswers(PictureGuide):
         Args:
             questions: the M that are known, `plain`.
             answers: the A answers, a line each.
-            numbers: `pictures` (M,), which picture each question is about; `mean` and `spread` of `summary`
-                (2 * D_v,); `turn` (2 * D_v, Q), the directions in which pictures are compared; `seen`
-                (P, Q), the pictures; `weigh` (M, A), what each question counts for each answer.
+            numbers: `mean` and `spread` of `summary` (2 * D_v,); `turn` (2 * D_v, Q), the directions in which
+                pictures are compared; `seen` (P, Q), the pictures. Of the regression, if there is one:
+                `pictures` (M,), which picture each question is about, and `weigh` (M, A), what each question
+                counts for each answer.
             nets: networks that know the same answers.
         """
         held = {name: numbers[name].float() for name in ("mean", "spread")}
-        held |= {"pictures": numbers["pictures"].int(), "sizes": torch.tensor(numbers["seen"].shape)}
+        held |= {"sizes": torch.tensor(numbers["seen"].shape)}
         held |= {"questions": squeezed(list(questions)), "answers": squeezed(list(answers))}
-        for name, bits in MATRICES.items():
-            held |= quantise(name, numbers[name], bits)
+        if "pictures" in numbers:
+            held["pictures"] = numbers["pictures"].int()
+        for name in MATRICES.keys() & numbers.keys():
+            held |= quantise(name, numbers[name], MATRICES[name])
         if nets is not None:
             held |= nets.tensors()
         return cls(held, numbers["turn"].shape[0] // 2)
@@ -142,9 +144,8 @@ class KnownAnswers(PictureGuide):
     def _numbers(self) -> dict[str, Tensor]:
         """Unpacked when the first question is asked: who only captions spends nothing on it."""
         numbers = {name: self._held[name].float() for name in ("mean", "spread")}
-        numbers["pictures"] = self._held["pictures"].long()
-        for name, bits in MATRICES.items():
-            numbers[name] = dequantise(self._held, name, bits, self._shapes[name][1])
+        for name, (_, columns) in self._shapes.items():
+            numbers[name] = dequantise(self._held, name, MATRICES[name], columns)
         return numbers
 
     @cached_property
@@ -155,14 +156,16 @@ class KnownAnswers(PictureGuide):
     def __call__(self, question: str, features: Tensor) -> Tensor:
         """(I, N, D_v) features -> (I, A)."""
         known, unit = self._numbers, self._unit(features)
-        near = (unit @ known["turn"]) @ known["seen"].T
         alike = self._words([plain(question)])
         trust = ((alike.amax() - STRANGE) / (FAMILIAR - STRANGE)).clamp(0, 1)
-        expected: Tensor = joint(alike, near[:, known["pictures"]]) @ known["weigh"]
+        expected = []
+        if "weigh" in known:
+            near = (unit @ known["turn"]) @ known["seen"].T
+            expected.append(joint(alike, near[:, self._held["pictures"].long()]) @ known["weigh"])
         if self._nets is not None:
             asked, cells = question_groups(plain(question)), standard_cells(features.cpu(), known["mean"])
-            expected = (expected + self._nets(asked, cells, unit)) / 2
-        return trust * expected
+            expected.append(self._nets(asked, cells, unit))
+        return trust * torch.stack(expected).mean(dim=0)
 
     def compared(self, seen: Seen) -> tuple[Tensor, Tensor]:
         return self._unit(seen.features) @ self._numbers["turn"], self._numbers["seen"]

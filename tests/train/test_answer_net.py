@@ -13,7 +13,8 @@ from helpers import damages
 from vlm.adapter_file import read_adapter
 from vlm.answer_net import AnswerNet, AnswerNets
 from vlm.checkpoint import load_adapter, save_adapter, save_guide
-from vlm.errors import WeightsError
+from vlm.errors import DataError, WeightsError
+from vlm.features import Seen
 from vlm.known_answers import KnownAnswers, question_groups, summary
 from vlm.train.answer_net import Shown, learn_nets
 from vlm.train.answers import Answered, fit
@@ -83,6 +84,40 @@ def test_they_look_where_a_question_tells_them_to(fitted: KnownAnswers) -> None:
 
     assert right(regression) < 70
     assert right(fitted) > 90
+
+
+def test_many_questions_are_left_to_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers alone, in a smaller file, and still knows which pictures it was told about."""
+    monkeypatch.setattr("vlm.train.answers.REGRESSED", 399)
+    features, there = rooms(200, seed=0)
+    many = KnownAnswers.from_tensors(fit(asked(features, there)).tensors(), 16)
+    assert many is not None
+    held = {name.removeprefix(KnownAnswers.PREFIX).partition(".")[0] for name in many.tensors()}
+    assert held.isdisjoint({"pictures", "weigh", "net1"})
+    new, answers = rooms(50, seed=1)
+    said = [many.expect(LEFT, new[i : i + 1])[0][0] for i in range(50)]
+    assert sum(word == left for word, (left, _) in zip(said, answers, strict=True)) > 45
+    assert many.expect("who paid for all of this", new[:1]) == []
+    unlike = torch.randn(5, 9, 16, generator=torch.Generator().manual_seed(2))
+    seen = Seen(torch.cat([features[:5], unlike]), torch.zeros(10, 0))
+    assert many.fitted_to(seen).tolist() == [True] * 5 + [False] * 5
+
+
+def test_many_questions_without_a_word_in_common_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.train.answers.REGRESSED", 99)
+    features, there = rooms(50, seed=0)
+    data = asked(features, there)
+    data.questions = [f"one{i} two{i}" for i in range(100)]
+    with pytest.raises(DataError, match="no words stand in several of 100 questions"):
+        fit(data)
+
+
+@pytest.mark.parametrize("lost", [("pictures",), ("weigh",), ("net", "weigh")])
+def test_half_a_regression_is_none(lost: tuple[str, ...], fitted: KnownAnswers) -> None:
+    begins = tuple(KnownAnswers.PREFIX + name for name in lost)
+    held = {name: tensor for name, tensor in fitted.tensors().items() if not name.startswith(begins)}
+    with pytest.raises(WeightsError, match="is damaged"):
+        KnownAnswers.from_tensors(held, 16)
 
 
 def test_rooms_together_are_expected_what_they_are_alone(fitted: KnownAnswers) -> None:

@@ -23,7 +23,7 @@ from vlm.config import AbstainConfig
 from vlm.errors import DataError, WeightsError
 from vlm.known_answers import KnownAnswers, QuestionKernel, joint, standardised, summary
 from vlm.train import main
-from vlm.train.answers import RIDGE, Answered, _listed, _regressed, answered_examples, fit, look
+from vlm.train.answers import RIDGE, Answered, _compared, _listed, _regressed, answered_examples, fit, look
 from vlm.train.config import SourceConfig
 from vlm.train.holdout import EXACT
 from vlm.train.run import make_model, train
@@ -82,7 +82,8 @@ def test_it_is_kernel_ridge_regression() -> None:
     pictures = torch.arange(120) % 30
     texts, summaries = [text for text, _ in asked], summary(features)
     right = torch.eye(5)[[int(pictures[i]) % kinds for i, (_, kinds) in enumerate(asked)]]
-    known = _regressed(texts, pictures, summaries, right)
+    known = _compared(summaries)
+    known |= _regressed(texts, pictures, known["seen"], right)
 
     mean, spread = summaries.mean(dim=0), summaries.std(dim=0, correction=0)
 
@@ -196,6 +197,21 @@ def test_one_command_writes_them_into_an_adapter(
     answer = model.ask([Image.new("RGB", (16, 16), (24, 24, 224))], COLOUR, max_new_tokens=8)
     assert answer.text == "blue"
     assert make_model(replace(recipe(), start=str(adapter)), offline=True).known_answers is None
+
+
+def test_a_question_is_left_to_the_adapter(
+    coloured: Path, adapter: Path, capsys: pytest.CaptureFixture[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm.train.answers.LEAST", 50)
+    words = ["--except", SHAPE.upper(), "--except", "what else"]
+    assert main.main(["answers", str(adapter), str(coloured), "--offline", *words]) == 0
+    said = capsys.readouterr()
+    assert "is not learnt, which is asked 64 times" in said.out + said.err
+    assert "'what else' is not learnt, which is asked 0 times" in said.out + said.err
+    known = load_model(adapter, offline=True).known_answers
+    assert known is not None
+    assert "square" not in known.answers
+    assert len(known.answers) == 4
 
 
 def test_a_report_tells_which_pictures_the_answers_were_fitted_to(
