@@ -18,6 +18,7 @@ from typing import Any
 from vlm.data.check import CheckReport, PartReport, Progress
 from vlm.data.convert.write import ABOUT, write_dataset
 from vlm.data.example import Example
+from vlm.data.questions import QUESTION_TYPES, digest, questions_from_captions
 from vlm.data.readers import BAD_SHARE, PUBLIC, read_source
 from vlm.data.sources import DATASETS, canonical_name, find_root
 from vlm.errors import DataError, NoPartError, UsageError
@@ -145,8 +146,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _questions(args: argparse.Namespace) -> int:
-    from vlm.data.questions import digest, questions_from_captions
-
     read = read_source(args.source, divide=False)
     splits = ("train", "dev", "test") if read.has_part else ("train",)
     parts = _parts(lambda split: read_source(args.source, split, divide=False).checked(), splits)
@@ -155,16 +154,19 @@ def _questions(args: argparse.Namespace) -> int:
         captions = [example for example in examples if example.meta.get("task") == "caption"]
         if not captions:
             raise DataError(f"the {name} part of {args.source} holds no captions to make questions from")
-        made[name] = questions_from_captions(captions, seed=args.seed)
+        asked = questions_from_captions(captions, seed=args.seed)
+        made[name] = [one for one in asked if one.meta["question_type"] in args.types]
     if not any(made.values()):
         raise DataError(
-            f"no question can be made from {args.source}: that takes several captions a picture which agree"
+            f"no question can be made from {args.source} ({', '.join(args.types)}): that takes several "
+            "captions a picture which agree"
         )
-    origin = Path(args.source).name
+    origin, every = Path(args.source).name, list(args.types) == list(QUESTION_TYPES)
+    typed = "" if every else f" --types {' '.join(args.types)}"
     about = {
         "name": f"{origin}-questions",
         "title": f"Questions from the captions of {origin}",
-        "source": f"made from the captions of {origin} by `vlm data questions --seed {args.seed}`",
+        "source": f"made from the captions of {origin} by `vlm data questions --seed {args.seed}{typed}`",
         "terms": "those of the captions and pictures",
     }
     sizes = write_dataset(made, Path(args.destination), about)
@@ -244,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     questions.add_argument(
         "--seed", type=int, default=0, help="chooses among the possible questions (default: 0)"
     )
+    questions.add_argument(
+        "--types", nargs="+", default=QUESTION_TYPES, choices=QUESTION_TYPES, metavar="TYPE",
+        help=f"only these: {', '.join(QUESTION_TYPES)}",
+    )  # fmt: skip
     add_offline(questions)
     questions.set_defaults(run=_questions)
     _remember_parser(commands)

@@ -148,6 +148,15 @@ def test_convert_and_questions_from_the_command_line(
     assert ("How many dogs are there?", ("one",)) in {
         (e.turns[0].text.replace(" in the picture", ""), e.answers) for e in made
     }
+    counted = tmp_path / "counted"
+    assert vlm(["data", "questions", str(out), str(counted), "--types", "count", "who"]) == 0
+    of_types = [e for e in made if e.meta["question_type"] in ("count", "who")]
+    assert [(e.turns, e.answers) for e in read_dataset(counted, split="train")] == [
+        (e.turns, e.answers) for e in of_types
+    ]
+    assert "--seed 0 --types count who`" in (counted / "dataset.json").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        vlm(["data", "questions", str(out), str(counted), "--types", "guess"])
     assert vlm(["data", "convert", "nothing", str(flickr), str(out)]) == 2
     assert "error: unknown data set 'nothing'" in capsys.readouterr().err
     assert vlm(["data", "check", str(tmp_path / "absent")]) == 1
