@@ -161,8 +161,8 @@ def _questions(args: argparse.Namespace) -> int:
             f"no question can be made from {args.source} ({', '.join(args.types)}): that takes several "
             "captions a picture which agree"
         )
-    origin, every = Path(args.source).name, list(args.types) == list(QUESTION_TYPES)
-    typed = "" if every else f" --types {' '.join(args.types)}"
+    origin = Path(args.source).name
+    typed = f" --types {' '.join(args.types)}" if set(args.types) < set(QUESTION_TYPES) else ""
     about = {
         "name": f"{origin}-questions",
         "title": f"Questions from the captions of {origin}",

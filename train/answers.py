@@ -139,7 +139,7 @@ def fit(data: Answered) -> KnownAnswers:
     Of an answer that lists several things ("chair, table") each is right too, if it is an answer elsewhere.
 
     Raises:
-        DataError: too few questions have an answer that was given twice, or none has words of another.
+        DataError: too few questions have an answer that was given twice, or no words stand in several.
     """
     lines = [[" ".join(answer.split()) for answer in answers] for answers in data.answers]
     given = Counter(answer for answers in lines for answer in answers if 0 < len(answer) <= WIDEST)

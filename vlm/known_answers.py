@@ -134,8 +134,9 @@ class KnownAnswers(PictureGuide):
         held |= {"questions": squeezed(list(questions)), "answers": squeezed(list(answers))}
         if "pictures" in numbers:
             held["pictures"] = numbers["pictures"].int()
-        for name in MATRICES.keys() & numbers.keys():
-            held |= quantise(name, numbers[name], MATRICES[name])
+        for name, bits in MATRICES.items():
+            if name in numbers:
+                held |= quantise(name, numbers[name], bits)
         if nets is not None:
             held |= nets.tensors()
         return cls(held, numbers["turn"].shape[0] // 2)
@@ -146,6 +147,8 @@ class KnownAnswers(PictureGuide):
         numbers = {name: self._held[name].float() for name in ("mean", "spread")}
         for name, (_, columns) in self._shapes.items():
             numbers[name] = dequantise(self._held, name, MATRICES[name], columns)
+        if "weigh" in numbers:
+            numbers["pictures"] = self._held["pictures"].long()
         return numbers
 
     @cached_property
@@ -161,7 +164,7 @@ class KnownAnswers(PictureGuide):
         expected = []
         if "weigh" in known:
             near = (unit @ known["turn"]) @ known["seen"].T
-            expected.append(joint(alike, near[:, self._held["pictures"].long()]) @ known["weigh"])
+            expected.append(joint(alike, near[:, known["pictures"]]) @ known["weigh"])
         if self._nets is not None:
             asked, cells = question_groups(plain(question)), standard_cells(features.cpu(), known["mean"])
             expected.append(self._nets(asked, cells, unit))
